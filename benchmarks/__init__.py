@@ -1,0 +1,1 @@
+"""Measurements: one module a claim, peers beside us in the same run."""

@@ -1,0 +1,1 @@
+"""Second floor: compress a model to codes and tables."""

@@ -1,0 +1,130 @@
+"""torch modules whose weights are a sketch."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from spallm_serve.kernels.packing import plane_width, unpack_codes
+from spallm_serve.kernels.reference import dequantize
+
+
+class _Sketched(nn.Module):
+    """Holds codes and tables as they are in the checkpoint, and the weight made from them."""
+
+    codes: Tensor
+    tables: Tensor
+
+    def __init__(
+        self, rows: int, columns: int, bits: int, groups_per_row: int, device: str | None
+    ) -> None:
+        super().__init__()
+        self.columns = columns
+        shape = (bits, rows, plane_width(columns))
+        self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8, device=device))
+        table_shape = (rows, groups_per_row, 1 << bits)
+        self.register_buffer("tables", torch.zeros(table_shape, dtype=torch.float16, device=device))
+        self._dense: Tensor | None = None
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """The weight ``[rows, columns]``; made once for a dtype and kept."""
+        kept = self._dense
+        if kept is None or kept.dtype != dtype or kept.device != self.tables.device:
+            codes = unpack_codes(self.codes, self.columns)
+            self._dense = kept = dequantize(codes, self.tables.to(dtype))
+        return kept
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # Moving or casting the module must not touch the tables' float16: they are the format.
+        self._dense = None
+        super()._apply(fn, recurse)
+        self.tables = self.tables.to(torch.float16)
+        return self
+
+
+class SketchedLinear(_Sketched):
+    """A linear layer from codes and tables; in the place of ``nn.Linear`` and of GPT-2's Conv1D.
+
+    Args:
+        in_features, out_features, bits, groups_per_row: the sketch's shape.
+        bias: whether there is a bias ``[out]``.
+        dtype: of the bias.
+        device: where the buffers are made.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bits: int,
+        groups_per_row: int,
+        bias: bool,
+        dtype: torch.dtype = torch.float32,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(out_features, in_features, bits, groups_per_row, device)
+        self.in_features, self.out_features = in_features, out_features
+        if bias:
+            self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
+        else:
+            self.register_parameter("bias", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]`` in the dtype of x."""
+        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+
+    def extra_repr(self) -> str:
+        bits, groups = self.codes.shape[0], self.tables.shape[1]
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, "
+            f"groups_per_row={groups}, bias={self.bias is not None}"
+        )
+
+
+class SketchedEmbedding(_Sketched):
+    """A token embedding from codes and tables; only the rows looked up are made dense.
+
+    Args:
+        num_embeddings, embedding_dim, bits, groups_per_row: the sketch's shape.
+        scale: what the architecture multiplies embeddings by (Gemma), or None.
+        dtype: of the output.
+        device: where the buffers are made.
+    """
+
+    def __init__(
+        self,
+        num_embeddings: int,
+        embedding_dim: int,
+        bits: int,
+        groups_per_row: int,
+        scale: float | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: str | None = None,
+    ) -> None:
+        super().__init__(num_embeddings, embedding_dim, bits, groups_per_row, device)
+        self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
+        self.scale, self.dtype = scale, dtype
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """``ids [...] -> [..., embedding_dim]``."""
+        flat = ids.reshape(-1)
+        codes = unpack_codes(self.codes[:, flat], self.columns)
+        rows = dequantize(codes, self.tables[flat].to(self.dtype))
+        if self.scale is not None:
+            rows = rows * torch.tensor(self.scale, dtype=self.dtype, device=rows.device)
+        return rows.view(*ids.shape, self.embedding_dim)
+
+
+class TiedHead(nn.Module):
+    """An output head that reads the sketch of the token embedding; it has no state of its own."""
+
+    def __init__(self, embedding: SketchedEmbedding, bias: nn.Parameter | None = None) -> None:
+        super().__init__()
+        # In a tuple, so that the embedding does not become a submodule here too.
+        self._embedding = (embedding,)
+        self.register_parameter("bias", bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., embedding_dim] -> [..., num_embeddings]``."""
+        return F.linear(x, self._embedding[0].dense_weight(x.dtype), self.bias)
