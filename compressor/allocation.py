@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Mapping
 
 from spallm_serve.compressor.plan import PlannedLayer
@@ -43,7 +44,7 @@ def allocate_bits(
     if spent > budget:
         raise UserError(
             f"--target-bits {target_bits:g} cannot be reached: with tables and fixed layers the "
-            f"least is {8 * spent / weights:.3f} bits per weight"
+            f"least is {math.ceil(8000 * spent / weights) / 1000:.3f} bits per weight"
         )
     queue: list[tuple[float, str, int]] = []
     for name, layer in layers.items():
@@ -53,6 +54,7 @@ def allocate_bits(
         _, name, bits = heapq.heappop(queue)
         cost = _nbytes(layers[name], bits) - _nbytes(layers[name], chosen[name])
         if spent + cost > budget:
+            _push_upgrade(queue, name, layers[name], errors[name], chosen[name], bits)
             continue
         spent += cost
         chosen[name] = bits
@@ -66,12 +68,14 @@ def _push_upgrade(
     layer: PlannedLayer,
     errors: Mapping[int, float],
     bits: int,
+    below: int = max(SUPPORTED_BITS) + 1,
 ) -> None:
-    """Queue the layer's steepest upgrade from ``bits``: the next corner of its convex hull."""
+    """Queue the layer's steepest upgrade from ``bits`` to less than ``below``, if one lowers the
+    error: the next corner of its convex hull."""
     slopes = [
         ((errors[more] - errors[bits]) / (_nbytes(layer, more) - _nbytes(layer, bits)), more)
         for more in SUPPORTED_BITS
-        if more > bits
+        if bits < more < below and errors[more] < errors[bits]
     ]
     if slopes:
         slope, more = min(slopes)

@@ -38,9 +38,7 @@ def calibration_tokens(
     tokenizer = source.tokenizer()
     if settings.calibration.startswith(_DATASET_PREFIX):
         name = settings.calibration.removeprefix(_DATASET_PREFIX)
-        windows = token_windows(
-            _dataset_texts(name), tokenizer, settings.seqlen, settings.samples
-        )
+        windows = token_windows(_dataset_texts(name), tokenizer, settings.seqlen, settings.samples)
         if windows.shape[0] == 0:
             raise UserError(f"{name}: is shorter than one window of {settings.seqlen} tokens")
     else:

@@ -59,10 +59,51 @@ def estimate_run(source: ModelSource, settings: CompressSettings) -> RunEstimate
     """
     model = skeleton(source.config)
     plan = make_plan(model, settings)
+    sizes = output_sizes(source, model, plan, settings)
+    weights = sum(layer.weight_count for layer in (plan.layers | plan.embeddings).values())
+    return RunEstimate(
+        layers=len(plan.layers) + len(plan.embeddings),
+        bits_per_weight=8 * sizes.sketches / weights,
+        output_bytes=sizes.output,
+        disk_bytes=sizes.while_running,
+        peak_bytes=_peak_bytes(model, plan, source, settings),
+        minutes=_seconds(plan, settings) / 60,
+    )
+
+
+@dataclass(frozen=True)
+class OutputSizes:
+    """Bytes of a finished checkpoint.
+
+    Attributes:
+        sketches: codes and tables.
+        untouched: weights copied as they are.
+        estimators: SVD factors; at most, as if every layer had them.
+    """
+
+    sketches: int
+    untouched: int
+    estimators: int
+
+    @property
+    def output(self) -> int:
+        """The finished directory."""
+        return self.sketches + self.untouched + self.estimators
+
+    @property
+    def while_running(self) -> int:
+        """The blocks' state stays until the finished shards beside it are in place."""
+        return self.output + self.sketches + self.estimators
+
+
+def output_sizes(
+    source: ModelSource, model: PreTrainedModel, plan: CompressionPlan, settings: CompressSettings
+) -> OutputSizes:
+    """The sizes that a plan leads to, exact but for the estimators."""
     compressed = plan.layers | plan.embeddings
-    weights = sum(layer.weight_count for layer in compressed.values())
     sketches = sum(layer.nbytes for layer in compressed.values())
     if settings.target_bits is not None:
+        weights = sum(layer.weight_count for layer in compressed.values())
         sketches = math.ceil(settings.target_bits * weights / 8)
     untouched = sum(
         source.reader.nbytes(checked_name(source, name, tuple(parameter.shape)))
@@ -73,15 +114,7 @@ def estimate_run(source: ModelSource, settings: CompressSettings) -> RunEstimate
     estimators = sum(
         2 * settings.estimator_rank * (layer.rows + layer.columns) for layer in plan.layers.values()
     )
-    return RunEstimate(
-        layers=len(compressed),
-        bits_per_weight=8 * sketches / weights,
-        output_bytes=sketches + untouched + estimators,
-        # The blocks' state stays until the finished shards beside it are in place.
-        disk_bytes=2 * (sketches + estimators) + untouched,
-        peak_bytes=_peak_bytes(model, plan, source, settings),
-        minutes=_seconds(plan, settings) / 60,
-    )
+    return OutputSizes(sketches, untouched, estimators)
 
 
 def _peak_bytes(

@@ -76,6 +76,8 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
     mean = hessian.diagonal().mean()
     share = damping
     for raises in range(MAX_DAMPING_RAISES + 1):
+        if raises:
+            share = share * 10 if share > 0 else 1e-4
         lower = hessian[reverse[:, None], reverse[None, :]]
         lower.diagonal().add_(share * mean)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
@@ -85,5 +87,4 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
             torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
             del lower
             return DampedFactor(inverse.flip(0, 1), share, raises)
-        share = share * 10 if share > 0 else 1e-4
     return DampedFactor(None, share, MAX_DAMPING_RAISES)

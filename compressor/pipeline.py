@@ -16,7 +16,7 @@ from spallm_serve.compressor.allocation import allocate_bits
 from spallm_serve.compressor.block import compress_block, install_sketches, measure_block
 from spallm_serve.compressor.calibration import calibration_tokens
 from spallm_serve.compressor.embeddings import embedding_hessian, sketch_embedding
-from spallm_serve.compressor.estimate import estimate_run
+from spallm_serve.compressor.estimate import output_sizes
 from spallm_serve.compressor.hessian import HessianAccumulator
 from spallm_serve.compressor.observer import Observer
 from spallm_serve.compressor.plan import make_plan, with_bits
@@ -31,7 +31,7 @@ from spallm_serve.compressor.publish import (
 )
 from spallm_serve.compressor.record import CompressionRecord, LayerRecord, layers_record
 from spallm_serve.compressor.refine import refine
-from spallm_serve.compressor.run_directory import UNFINISHED, RunDirectory, fingerprint
+from spallm_serve.compressor.run_directory import RunDirectory, fingerprint
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.compressor.streaming import (
     BlockInputs,
@@ -79,9 +79,10 @@ def compress(
             # Killed after publishing: all that is left is to sweep.
             run.sweep()
             return finished
+        work = _Run(model, source, run, settings, observer)
         if not resumed:
-            _check_disk_space(output, source, settings)
-        return _Run(model, source, run, settings, observer).execute(resumed)
+            work.check_disk_space()
+        return work.execute(resumed)
 
 
 class _Run:
@@ -103,7 +104,24 @@ class _Run:
         self.prefix, self.blocks = decoder_blocks(self.model)
         self.plan = make_plan(self.model, settings)
 
+    def check_disk_space(self) -> None:
+        """Refuse to start what cannot be finished.
+
+        Raises:
+            UserError: too little is free; nothing is left behind.
+        """
+        sizes = output_sizes(self.source, self.model, self.plan, self.settings)
+        output = self.run.output
+        free = shutil.disk_usage(output).free
+        if free < sizes.while_running:
+            self.run.sweep()
+            raise UserError(
+                f"{output}: needs {sizes.while_running / 2**20:,.0f} MiB of disk space, "
+                f"{free / 2**20:,.0f} MiB are free"
+            )
+
     def execute(self, resumed: bool) -> CompressionRecord:
+        """Do all that is not done yet, in order."""
         tokens = self._tokens()
         batches = micro_batches(tokens.to(self.device))
         if self.settings.target_bits is not None:
@@ -230,17 +248,6 @@ class _Run:
             self.observer.layer(record)
             self.observer.step(len(records))
         self.run.save(EMBEDDINGS_FILE, tensors, layers_record(records, None))
-
-
-def _check_disk_space(output: Path, source: ModelSource, settings: CompressSettings) -> None:
-    needed = estimate_run(source, settings).disk_bytes
-    free = shutil.disk_usage(output).free
-    if free < needed:
-        shutil.rmtree(output / UNFINISHED)
-        raise UserError(
-            f"{output}: needs {needed / 2**20:,.0f} MiB of disk space, {free / 2**20:,.0f} MiB "
-            "are free"
-        )
 
 
 @contextmanager

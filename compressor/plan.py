@@ -33,9 +33,7 @@ class PlannedLayer:
     @property
     def nbytes(self) -> int:
         """Codes and tables on disk."""
-        return sketch_nbytes(
-            self.rows, self.columns, self.format.bits, self.format.groups_per_row
-        )
+        return sketch_nbytes(self.rows, self.columns, self.format.bits, self.format.groups_per_row)
 
     @property
     def weight_count(self) -> int:
@@ -135,8 +133,7 @@ def _planned(
     if columns % groups:
         fits = max(g for g in range(1, groups + 1) if columns % g == 0)
         raise UserError(
-            f"{name}: --groups-per-row {groups} does not divide its width {columns}; "
-            f"{fits} does"
+            f"{name}: --groups-per-row {groups} does not divide its width {columns}; {fits} does"
         )
     chosen = LayerFormat.model_validate(
         {"bits": bits if named_bits is None else named_bits, "groups_per_row": groups}

@@ -144,9 +144,7 @@ def _step(
     return total
 
 
-def _state(
-    trained: dict[str, nn.Parameter], optimizer: torch.optim.Adam
-) -> dict[str, Tensor]:
+def _state(trained: dict[str, nn.Parameter], optimizer: torch.optim.Adam) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for name, parameter in trained.items():
         state[name] = parameter.detach().cpu()

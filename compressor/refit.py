@@ -13,7 +13,7 @@ from torch import Tensor
 from spallm_serve.compressor.rounding import BLOCK_COLUMNS, TransposedTables
 from spallm_serve.kernels.reference import dequantize
 
-_RELATIVE_TOLERANCE = 1e-8
+_RELATIVE_TOLERANCE = 1e-12
 
 
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
@@ -22,36 +22,38 @@ def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tens
     return ((difference @ hessian) * difference).sum(dim=1)
 
 
-def refit_tables(weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor) -> Tensor:
+def refit_tables(
+    weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor, steps: int | None = None
+) -> Tensor:
     """Least-squares tables for given codes: minimise :func:`output_error` over the entries.
 
     The normal equations of a row, ``P^T H P c = P^T H w`` with P the one-hot codes, are solved by
     conjugate gradients for all rows at once: ``P c`` is a look-up and ``P^T v`` a bucket sum, so
     one step costs a single product with H and the [clusters, clusters] systems are never formed.
-    In exact arithmetic as many steps as a row has table entries suffice. An entry that no code
-    uses keeps its value.
+    In exact arithmetic as many steps as a row has table entries suffice, which is the default; the
+    objective falls with every step. An entry that no code uses keeps its value.
 
     Args:
         weight: float32 ``[rows, columns]``.
         codes: uint8 ``[rows, columns]``.
         tables: float32 ``[rows, groups, clusters]``, the starting point.
         hessian: float32 ``[columns, columns]``, positive definite.
+        steps: of conjugate gradients at most.
 
     Returns:
         float32 ``[rows, groups, clusters]``; not sorted.
     """
     counts = _bucket_sums(torch.ones_like(weight), codes, tables.shape)
-    # Jacobi preconditioner: an entry's own curvature, its count times the mean of diag H.
-    scale = torch.where(counts > 0, 1.0 / counts.clamp(min=1), torch.zeros_like(counts))
+    # Jacobi preconditioner: about an entry's own curvature, the sum of diag H over its columns.
+    own = _bucket_sums(hessian.diagonal().repeat(len(weight), 1), codes, tables.shape)
+    scale = torch.where(counts > 0, 1.0 / own.clamp(min=1e-30), torch.zeros_like(counts))
 
     solution = tables.double()
-    residual = _bucket_sums(
-        (weight - dequantize(codes, tables)) @ hessian, codes, tables.shape
-    )
+    residual = _bucket_sums((weight - dequantize(codes, tables)) @ hessian, codes, tables.shape)
     direction = scale * residual
     strength = (residual * direction).sum(dim=(1, 2))
     target = strength * _RELATIVE_TOLERANCE
-    for _ in range(tables.shape[1] * tables.shape[2]):
+    for _ in range(tables.shape[1] * tables.shape[2] if steps is None else steps):
         active = strength > target
         if not bool(active.any()):
             break

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -69,15 +70,12 @@ def _report(record: CompressionRecord) -> Report:
 
 def _cards(record: CompressionRecord) -> list[Card]:
     size = sum(record.sizes.values())
-    ratio = record.original_bytes / size if size else 0.0
     skipped = f"{len(record.skipped)} left as they were" if record.skipped else "none left out"
+    original = format_bytes(record.original_bytes)
+    smaller = f"of {original}: {record.original_bytes / size:.2f} times smaller"
     cards = [
         Card("Bits per weight", f"{record.bits_per_weight:.3f}", "codes and tables counted"),
-        Card(
-            "Compressed size",
-            format_bytes(size),
-            f"of {format_bytes(record.original_bytes)}: {ratio:.2f} times smaller",
-        ),
+        Card("Compressed size", format_bytes(size), smaller),
         Card("Compressed layers", f"{len(record.layers):,}", skipped),
     ]
     if record.layers:
@@ -116,25 +114,15 @@ def _size_section(record: CompressionRecord) -> Section:
     ]
     if record.sizes["estimators"]:
         text.append("The estimators serve the training of adapters; inference does not read them.")
-    return Section(
-        "Size",
-        text=text,
-        figures=[
-            Figure(
-                "Bytes by what they hold",
-                draw,
-                legend=[Legend(_PARTS[name], index) for index, (name, _) in enumerate(parts)],
-                height=150,
-                wide=True,
-            )
-        ],
-        tables=[
-            Table(
-                [Column("Part"), Column("Bytes", numeric=True), Column("Share", numeric=True)],
-                rows,
-            )
-        ],
+    figure = Figure(
+        "Bytes by what they hold",
+        draw,
+        legend=[Legend(_PARTS[name], index) for index, (name, _) in enumerate(parts)],
+        height=150,
+        wide=True,
     )
+    columns = [Column("Part"), Column("Bytes", numeric=True), Column("Share", numeric=True)]
+    return Section("Size", text=text, figures=[figure], tables=[Table(columns, rows)])
 
 
 def _error_section(record: CompressionRecord) -> Section:
@@ -150,25 +138,22 @@ def _error_section(record: CompressionRecord) -> Section:
         return Section("Error by depth", text=text)
 
     def draw(axes: Axes) -> None:
-        from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+        from matplotlib.ticker import MaxNLocator, NullLocator
 
-        values = [error for line in lines.values() for _, error in line]
         for index, line in enumerate(lines.values()):
-            blocks, errors = zip(*line, strict=True)
             axes.plot(
-                blocks,
-                errors,
+                *zip(*line, strict=True),
                 color=series_colour(index),
                 linestyle=series_dash(index),
                 linewidth=1.4,
                 marker="o",
                 markersize=3,
             )
+        ticks = _log_ticks([error for line in lines.values() for _, error in line])
         axes.set_yscale("log")
-        few_decades = max(values) < 100 * min(values)
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few_decades else (1,)))
+        axes.set_ylim(ticks[0], ticks[-1])
+        axes.set_yticks(ticks, [f"{100 * tick:g} %" for tick in ticks])
         axes.yaxis.set_minor_locator(NullLocator())
-        axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{100 * value:g} %"))
         axes.margins(x=0.02)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axes.grid(axis="y")
@@ -187,13 +172,25 @@ def _error_section(record: CompressionRecord) -> Section:
     return Section("Error by depth", text=text, figures=[figure])
 
 
+def _log_ticks(values: Sequence[float]) -> list[float]:
+    """Ticks from below the least of the values to above the greatest: 1, 2 and 5 of each decade,
+    or the decades alone where there are many."""
+    low, high = min(values), max(values)
+    factors = (1, 2, 5) if high < 100 * low else (1,)
+    decades = range(math.floor(math.log10(low)) - 1, math.floor(math.log10(high)) + 2)
+    steps = [factor * 10.0**decade for decade in decades for factor in factors]
+    first = max(at for at, step in enumerate(steps) if step <= low)
+    last = min(at for at, step in enumerate(steps) if step >= high)
+    return steps[first : max(last, first + 1) + 1]
+
+
 def _errors_by_kind(layers: Sequence[LayerRecord]) -> dict[str, list[tuple[int, float]]]:
     """(block, mean relative error) pairs by kind of layer, in the order of the model."""
     found: dict[str, dict[int, list[float]]] = defaultdict(lambda: defaultdict(list))
     for layer in layers:
         parts = layer.name.split(".")
         block = next((at for at, part in enumerate(parts) if part.isdecimal()), None)
-        if block is not None and layer.relative_error > 0:
+        if block is not None and 0 < layer.relative_error < math.inf:
             kind = ".".join(part for part in parts[block + 1 :] if not part.isdecimal())
             found[kind][int(parts[block])].append(layer.relative_error)
     last_parts = [kind.rpartition(".")[2] for kind in found]

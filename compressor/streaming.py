@@ -195,9 +195,7 @@ def group_by_input(block: nn.Module, inputs: BlockInputs, index: int) -> list[In
         module.register_forward_pre_hook(note(name)) for name, module in linears(block).items()
     ]
     handles += [
-        module.register_forward_hook(note_norm)
-        for module in block.modules()
-        if is_norm(module)
+        module.register_forward_hook(note_norm) for module in block.modules() if is_norm(module)
     ]
     try:
         inputs.run(block, index, 0)

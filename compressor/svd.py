@@ -35,5 +35,5 @@ def svd_estimator(weight: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor,
     root = singular[:rank].sqrt()
     a = (left[:, :rank] * root).to(torch.bfloat16)
     b = (root[:, None] * right[:, :rank].T).to(torch.bfloat16)
-    energy = singular[:rank].square().sum() / weight.square().sum()
+    energy = singular[:rank].square().sum() / weight.square().sum().clamp(min=1e-30)
     return a.contiguous(), b.contiguous(), float(energy)

@@ -34,9 +34,7 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     """
     _check_bits(bits)
     if codes.dtype != torch.uint8 or codes.dim() != 2:
-        raise ValueError(
-            f"codes: expected uint8 [out, in], got {codes.dtype} {list(codes.shape)}"
-        )
+        raise ValueError(f"codes: expected uint8 [out, in], got {codes.dtype} {list(codes.shape)}")
     if codes.numel() and int(codes.max()) >= 1 << bits:
         raise ValueError(f"codes: {int(codes.max())} does not fit in {bits} bits")
     rows, columns = codes.shape

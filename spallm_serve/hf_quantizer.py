@@ -85,9 +85,7 @@ def _sketched_linear(
         rows, columns = columns, rows
     layer = config.layer(name)
     has_bias = module.bias is not None
-    return SketchedLinear(
-        columns, rows, layer.bits, layer.groups_per_row, has_bias, dtype, "meta"
-    )
+    return SketchedLinear(columns, rows, layer.bits, layer.groups_per_row, has_bias, dtype, "meta")
 
 
 def _sketched_embedding(module: nn.Module, name: str, config: SketchConfig) -> SketchedEmbedding:
@@ -115,5 +113,10 @@ def _tied_embedding(model: PreTrainedModel, name: str) -> SketchedEmbedding | No
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
-    parent, _, leaf = name.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+    parent_name, _, leaf = name.rpartition(".")
+    parent = model.get_submodule(parent_name)
+    setattr(parent, leaf, module)
+    if not parent._parameters and not parent._buffers:
+        # It has nothing of its own to initialise, and some architectures (GPT-2) would reach into
+        # the weight of the linear that is no longer there.
+        parent._is_hf_initialized = True  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -82,14 +83,23 @@ def open_source(model: str, scratch: Path) -> ModelSource:
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{model}: no usable config.json ({first_line(error)})") from error
     if getattr(config, "quantization_config", None) is not None:
-        raise UserError(
-            f"{model}: is already quantized; give the original, uncompressed model"
-        )
+        raise UserError(f"{model}: is already quantized; give the original, uncompressed model")
     if type(config) not in AutoModelForCausalLM._model_mapping:
-        raise UserError(
-            f"{model}: model type {config.model_type!r} is not a causal language model"
-        )
+        raise UserError(f"{model}: model type {config.model_type!r} is not a causal language model")
     return ModelSource(directory, config, ShardReader(directory))
+
+
+def load_model(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """A whole model, compressed or not, ready to run.
+
+    Raises:
+        UserError: not a causal LM, or damaged.
+    """
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"{directory}: cannot be loaded ({first_line(error)})") from error
+    return model.eval()
 
 
 def resolve_model(model: str, scratch: Path) -> Path:
@@ -280,9 +290,7 @@ def dematerialize(module: nn.Module) -> None:
     """Give the memory of a module's parameters back."""
     for owner in module.modules():
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            setattr(
-                owner, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-            )
+            setattr(owner, name, nn.Parameter(parameter.detach().to("meta"), requires_grad=False))
 
 
 def matching(names: Iterator[str] | list[str], pattern: str) -> list[str]:

@@ -51,7 +51,11 @@ def _quantize(
         # refuse to load any model. It reads this variable once, at first use.
         os.environ.setdefault("GPTQMODEL_CPU_WORKERS", "2")
     gptqmodel = require("gptqmodel", "gptqmodel")
-    config = gptqmodel.QuantizeConfig(**options, device="cpu", offload_to_disk=False)
+    # The first version of the format stores zero points less one, which asymmetric ones can
+    # underflow and the layers' own decoding does not undo; the second stores them as they are.
+    config = gptqmodel.QuantizeConfig(
+        **options, format="gptq_v2", device="cpu", offload_to_disk=False
+    )
     packed = gptqmodel.GPTQModel.load(str(model_dir), config, dtype=torch.float32)
     samples = [{"input_ids": ids, "attention_mask": [1] * len(ids)} for ids in windows.tolist()]
     with Measured() as measured:

@@ -82,9 +82,7 @@ def test_rows_do_not_touch_each_other() -> None:
     weight, tables, groups, factor = random_problem(6, 140, 2, 2)
     whole = round_with_feedback(weight, tables, groups, factor)
     for row in range(6):
-        alone = round_with_feedback(
-            weight[row : row + 1], tables[row : row + 1], groups, factor
-        )
+        alone = round_with_feedback(weight[row : row + 1], tables[row : row + 1], groups, factor)
         assert torch.equal(alone, whole[row : row + 1])
 
 

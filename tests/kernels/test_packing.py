@@ -65,7 +65,7 @@ def test_layout_by_hand() -> None:
 def test_top_code_sets_every_used_bit_and_no_other(bits: int, columns: int) -> None:
     codes = torch.full((2, columns), (1 << bits) - 1, dtype=torch.uint8)
     planes = pack_codes(codes, bits)
-    used = sum((byte.bit_count() for byte in planes.flatten().tolist()))
+    used = sum(byte.bit_count() for byte in planes.flatten().tolist())
     assert used == bits * 2 * columns
     last = (1 << ((columns - 1) % 8 + 1)) - 1
     assert bool((planes[:, :, -1] == last).all())

@@ -14,9 +14,7 @@ from spallm_serve.sketch import Sketch, base_digest, sketch_nbytes
 
 SHAPES = [
     (bits, columns, groups)
-    for bits, (columns, groups) in itertools.product(
-        (2, 3, 4), [(1, 1), (9, 3), (129, 1), (40, 8)]
-    )
+    for bits, (columns, groups) in itertools.product((2, 3, 4), [(1, 1), (9, 3), (129, 1), (40, 8)])
 ]
 
 

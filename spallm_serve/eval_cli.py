@@ -1,0 +1,183 @@
+"""The command ``spallm-eval``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from spallm_serve.console import quiet_libraries, user_errors
+from spallm_serve.errors import UserError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+    from torch import Tensor
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="Judge a model, compressed or not: perplexity, divergence from the original, choices.",
+)
+
+_Model = Annotated[str, typer.Argument(help="Model directory, .gguf file or hub id.")]
+_Text = Annotated[Path, typer.Option("--text", help="A .txt or .jsonl file.")]
+_Windows = Annotated[int, typer.Option(help="Windows of text at most.", min=1)]
+_Seqlen = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+_Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+@app.command()
+def ppl(
+    model: _Model,
+    text: _Text,
+    windows: _Windows = 64,
+    seqlen: _Seqlen = 512,
+    as_json: _Json = False,
+) -> None:
+    """Perplexity of MODEL on a text, with its standard error."""
+    with user_errors(), _opened(model) as (loaded, tokenizer):
+        from spallm_serve.evaluation import perplexity
+
+        ids = _windows(text, tokenizer, seqlen, windows)
+        with _progress("windows", len(ids)) as step:
+            found = perplexity(loaded, ids, step)
+        _show({"perplexity": found}, {"windows": len(ids), "seqlen": seqlen}, as_json)
+
+
+@app.command()
+def compare(
+    original: _Model,
+    compressed: _Model,
+    text: _Text,
+    windows: _Windows = 64,
+    seqlen: _Seqlen = 512,
+    as_json: _Json = False,
+) -> None:
+    """What compressing cost: perplexities, mean KL divergence and top-1 agreement."""
+    with (
+        user_errors(),
+        _opened(original) as (reference, tokenizer),
+        _opened(compressed) as (judged, _),
+    ):
+        from spallm_serve.evaluation import compare as compare_models
+
+        if reference.config.vocab_size != judged.config.vocab_size:
+            raise UserError(
+                f"the models have different vocabularies ({reference.config.vocab_size} and "
+                f"{judged.config.vocab_size}); their distributions cannot be compared"
+            )
+        ids = _windows(text, tokenizer, seqlen, windows)
+        with _progress("windows", len(ids)) as step:
+            found = compare_models(reference, judged, ids, step)
+        _show(
+            {
+                "perplexity of the original": found.original,
+                "perplexity of the compressed": found.compressed,
+                "KL divergence (nats/token)": found.divergence,
+                "top-1 agreement": found.agreement,
+            },
+            {"windows": found.windows, "tokens": found.tokens},
+            as_json,
+        )
+
+
+@app.command()
+def choice(
+    model: _Model,
+    data: Annotated[
+        Path, typer.Option("--data", help="LLM-Adapters JSON: instruction, answer; or JSONL.")
+    ],
+    limit: Annotated[int, typer.Option(help="Questions at most.", min=1)] = 1000,
+    as_json: _Json = False,
+) -> None:
+    """Accuracy on multiple-choice questions, by the likelihood of each option."""
+    with user_errors(), _opened(model) as (loaded, tokenizer):
+        from spallm_serve.evaluation import accuracy
+
+        questions = _read_questions(data)[:limit]
+        with _progress("questions", len(questions)) as step:
+            found = accuracy(loaded, tokenizer, questions, step)
+        _show({"accuracy": found}, {"questions": len(questions)}, as_json)
+
+
+@contextmanager
+def _opened(model: str) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+    """A model in float32 with its tokenizer; a .gguf is unpacked to a folder that goes away."""
+    import tempfile
+
+    quiet_libraries()
+    import torch
+
+    from spallm_serve.models import load_model, load_tokenizer, resolve_model
+
+    torch.set_float32_matmul_precision("medium")
+    with tempfile.TemporaryDirectory() as scratch:
+        directory = resolve_model(model, Path(scratch) / "model")
+        yield load_model(directory), load_tokenizer(directory)
+
+
+def _windows(text: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int) -> Tensor:
+    from spallm_serve.data import file_windows
+
+    return file_windows(text, tokenizer, seqlen, limit)
+
+
+def _read_questions(path: Path) -> list[Any]:
+    from spallm_serve.evaluation import parse_question
+
+    try:
+        raw = path.read_text(encoding="utf-8")
+        entries = (
+            [json.loads(line) for line in raw.splitlines() if line.strip()]
+            if path.suffix == ".jsonl"
+            else json.loads(raw)
+        )
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: not JSON ({error})") from error
+    if not isinstance(entries, list) or not entries:
+        raise UserError(f"{path}: expected a list of questions, and at least one")
+    questions = []
+    for number, entry in enumerate(entries, start=1):
+        try:
+            questions.append(parse_question(entry))
+        except ValueError as error:
+            raise UserError(f"{path}: question {number}: {error}") from error
+    return questions
+
+
+@contextmanager
+def _progress(unit: str, total: int) -> Iterator[Callable[[int], None]]:
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task(unit, total=total)
+        yield lambda done: bar.update(task, completed=done)
+
+
+def _show(measured: dict[str, Any], facts: dict[str, int], as_json: bool) -> None:
+    from dataclasses import asdict
+
+    from rich.console import Console
+    from rich.table import Table
+
+    if as_json:
+        figures = {name: asdict(estimate) for name, estimate in measured.items()}
+        typer.echo(json.dumps(figures | facts, indent=2))
+        return
+    table = Table("", "value", "standard error")
+    for name, estimate in measured.items():
+        table.add_row(name, f"{estimate.value:.4f}", f"{estimate.standard_error:.4f}")
+    console: Console = Console()
+    console.print(table)
+    console.print(", ".join(f"{value:,} {name}" for name, value in facts.items()))
