@@ -2,19 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from spallm_serve.checkpoint import LayerFormat
-from spallm_serve.compressor.hessian import HessianAccumulator, settle_dead_columns
+from spallm_serve.compressor.block_walk import BlockWalk
+from spallm_serve.compressor.hessian import (
+    DriftAccumulator,
+    HessianAccumulator,
+    settle_dead_columns,
+)
 from spallm_serve.compressor.plan import PlannedLayer
 from spallm_serve.compressor.record import LayerRecord, TableSample, layer_record
 from spallm_serve.compressor.settings import CompressSettings
-from spallm_serve.compressor.sketching import Curvature, curvature, sketch_rows
-from spallm_serve.compressor.streaming import BlockInputs, for_each_input, group_by_input
+from spallm_serve.compressor.sketching import (
+    Curvature,
+    curvature,
+    drift_correction,
+    sketch_rows,
+)
+from spallm_serve.compressor.streaming import BlockInputs, InputGroup, group_by_input
 from spallm_serve.compressor.svd import svd_estimator
 from spallm_serve.kernels.packing import SUPPORTED_BITS
 from spallm_serve.models import weight_of
@@ -38,11 +49,45 @@ class BlockResult:
     sample: TableSample | None = None
 
 
+@dataclass(frozen=True)
+class BlockPair:
+    """A block as it was and as it is being compressed, each with the inputs it has in its model.
+
+    Attributes:
+        prefix: the block's module name.
+        index: its position.
+        block: its linears are overwritten one after another.
+        inputs: what it reads behind the compressed blocks.
+        original: the untouched block, or None where drift is not corrected.
+        original_inputs: what that reads in the original model; the first micro batches are enough.
+    """
+
+    prefix: str
+    index: int
+    block: nn.Module
+    inputs: BlockInputs
+    original: nn.Module | None = None
+    original_inputs: BlockInputs | None = None
+
+    def weight(self, name: str) -> Tensor:
+        """The weight of a linear as it is now: a float32 copy ``[out, in]``."""
+        weight = weight_of(self.block.get_submodule(name))
+        return weight.to(torch.float32, copy=True)
+
+    def planned_groups(self, planned: dict[str, PlannedLayer]) -> list[InputGroup]:
+        """The linears to compress that read one tensor together, in the order they run."""
+        groups = [
+            InputGroup(
+                [name for name in group.names if f"{self.prefix}.{name}" in planned],
+                group.follows_norm,
+            )
+            for group in group_by_input(self.block, self.inputs, self.index)
+        ]
+        return [group for group in groups if group.names]
+
+
 def compress_block(
-    block: nn.Module,
-    prefix: str,
-    index: int,
-    inputs: BlockInputs,
+    pair: BlockPair,
     planned: dict[str, PlannedLayer],
     settings: CompressSettings,
     on_layer: Callable[[LayerRecord], None],
@@ -51,45 +96,89 @@ def compress_block(
     time; each is replaced by what its sketch stands for before the next are looked at.
 
     Args:
-        block: with weights; its linears are overwritten.
-        prefix: the block's module name.
-        index: its position.
-        inputs: what it reads; not advanced.
+        pair: the block; its inputs are replaced by its outputs, those of the original too.
         planned: layers to compress by full module name; those of other blocks are ignored.
         settings: of the run.
         on_layer: called with each finished layer's record.
     """
     result = BlockResult({}, {}, {})
-    for group in group_by_input(block, inputs, index):
-        names = [name for name in group.names if f"{prefix}.{name}" in planned]
-        if not names:
-            continue
-        shared = _observe(block, index, inputs, names, settings)
+    prefix = pair.prefix
+    for group, shared, targets in _observed_groups(pair, planned, settings):
         energies: dict[str, float] = {}
-        for name in names if group.follows_norm and settings.estimator_rank else ():
+        for name in group.names if group.follows_norm and settings.estimator_rank else ():
             a, b, energies[name] = svd_estimator(
-                weight_of(block.get_submodule(name)), settings.estimator_rank, settings.seed
+                pair.weight(name), settings.estimator_rank, settings.seed
             )
             result.estimators[f"{prefix}.{name}"] = (a.cpu(), b.cpu())
-        for chosen, same in _by_format(names, prefix, planned).items():
-            weights = [weight_of(block.get_submodule(name)) for name in same]
+        for chosen, same in _by_format(group.names, prefix, planned).items():
             # One tall matrix: rows do not know of each other, and columns are walked once for all.
-            tall = sketch_rows(torch.cat(weights), shared, chosen, settings)
+            tall = sketch_rows(
+                torch.cat([targets[name] for name in same]), shared, chosen, settings
+            )
             stop = 0
-            for name, weight in zip(same, weights, strict=True):
+            for name in same:
+                weight = weight_of(pair.block.get_submodule(name))
                 start, stop = stop, stop + weight.shape[0]
                 rows = slice(start, stop)
                 sketch = Sketch.from_codes(tall.codes[rows], tall.tables[rows])
-                if result.sample is None:
-                    result.sample = _sample_row(f"{prefix}.{name}", weight, sketch)
-                weight.copy_(sketch.weight())
                 full_name = f"{prefix}.{name}"
+                if result.sample is None:
+                    result.sample = _sample_row(full_name, weight, sketch)
+                weight.copy_(sketch.weight())
                 result.sketches[full_name] = sketch
                 result.records[full_name] = layer_record(
                     full_name, sketch, tall.relative_error(rows), shared.factor, energies.get(name)
                 )
                 on_layer(result.records[full_name])
     return result
+
+
+def measure_block(
+    pair: BlockPair, planned: dict[str, PlannedLayer], settings: CompressSettings
+) -> dict[str, dict[int, float]]:
+    """The relative output error of each planned linear at every number of bits.
+
+    The block is left as it is, and the refit is left out: it takes most of the time and helps all
+    numbers of bits about alike.
+
+    Returns:
+        module name -> bits -> relative error.
+    """
+    quick = settings.model_copy(update={"refit": False})
+    errors: dict[str, dict[int, float]] = {}
+    for group, shared, targets in _observed_groups(pair, planned, settings):
+        for name in group.names:
+            full_name = f"{pair.prefix}.{name}"
+            groups = planned[full_name].format.groups_per_row
+            for bits in SUPPORTED_BITS:
+                chosen = LayerFormat.model_validate({"bits": bits, "groups_per_row": groups})
+                sketched = sketch_rows(targets[name], shared, chosen, quick)
+                errors.setdefault(full_name, {})[bits] = sketched.relative_error()
+    return errors
+
+
+def _observed_groups(
+    pair: BlockPair, planned: dict[str, PlannedLayer], settings: CompressSettings
+) -> Iterator[tuple[InputGroup, Curvature, dict[str, Tensor]]]:
+    """Walk a block from group to group: each with its curvature and the weights to aim at.
+
+    What is done to a group's weights before the next is asked for is seen by the next.
+    """
+    groups = pair.planned_groups(planned)
+    stops = [group.names[0] for group in groups]
+    with ExitStack() as stack:
+        walk = stack.enter_context(BlockWalk(pair.block, pair.inputs, pair.index, stops))
+        original = None
+        if pair.original is not None and pair.original_inputs is not None:
+            original = stack.enter_context(
+                BlockWalk(pair.original, pair.original_inputs, pair.index, stops)
+            )
+        for group in groups:
+            weights = {name: pair.weight(name) for name in group.names}
+            yield group, *_observe(walk, original, weights, settings)
+        walk.finish()
+        if original is not None:
+            original.finish()
 
 
 def _sample_row(name: str, weight: Tensor, sketch: Sketch) -> TableSample:
@@ -111,20 +200,37 @@ def install_sketches(block: nn.Module, prefix: str, sketches: dict[str, Sketch])
 
 
 def _observe(
-    block: nn.Module,
-    index: int,
-    inputs: BlockInputs,
-    names: list[str],
+    walk: BlockWalk,
+    original: BlockWalk | None,
+    weights: dict[str, Tensor],
     settings: CompressSettings,
-) -> Curvature:
-    weights = [weight_of(block.get_submodule(name)) for name in names]
-    accumulator = HessianAccumulator(weights[0].shape[1], weights[0].device)
-    for_each_input(block, inputs, index, names[0], accumulator.add)
+) -> tuple[Curvature, dict[str, Tensor]]:
+    """The curvature of the inputs that some linears share, and the weights to aim at."""
+    stop = next(iter(weights))
+    columns, device = weights[stop].shape[1], weights[stop].device
+    accumulator = HessianAccumulator(columns, device)
+    drift = None if original is None else DriftAccumulator(columns, device)
+    originals = iter(()) if original is None else original.inputs_at(stop)
+    for current in walk.inputs_at(stop):
+        accumulator.add(current)
+        wanted = next(originals, None)
+        if drift is not None and wanted is not None:
+            drift.add(wanted, current)
     hessian = accumulator.finish()
     dead = settle_dead_columns(hessian)
-    for weight in weights:
+    for weight in weights.values():
         weight[:, dead] = 0
-    return curvature(hessian, settings.damping)
+    if drift is None:
+        return curvature(hessian, settings.damping), weights
+    # Projected before the Hessian is factored: three square matrices are enough at a time.
+    matrix = drift.finish()
+    projected = {name: weight @ matrix for name, weight in weights.items()}
+    del drift, matrix
+    shared = curvature(hessian, settings.damping)
+    return shared, {
+        name: weight + drift_correction(projected.pop(name), shared)
+        for name, weight in weights.items()
+    }
 
 
 def _by_format(
@@ -134,37 +240,3 @@ def _by_format(
     for name in names:
         groups.setdefault(planned[f"{prefix}.{name}"].format, []).append(name)
     return groups
-
-
-def measure_block(
-    block: nn.Module,
-    prefix: str,
-    index: int,
-    inputs: BlockInputs,
-    planned: dict[str, PlannedLayer],
-    settings: CompressSettings,
-) -> dict[str, dict[int, float]]:
-    """The relative output error of each planned linear at every number of bits.
-
-    The block is left as it is, and the refit is left out: it takes most of the time and helps all
-    numbers of bits about alike.
-
-    Returns:
-        module name -> bits -> relative error.
-    """
-    quick = settings.model_copy(update={"refit": False})
-    errors: dict[str, dict[int, float]] = {}
-    for group in group_by_input(block, inputs, index):
-        names = [name for name in group.names if f"{prefix}.{name}" in planned]
-        if not names:
-            continue
-        shared = _observe(block, index, inputs, names, settings)
-        for name in names:
-            full_name = f"{prefix}.{name}"
-            groups = planned[full_name].format.groups_per_row
-            weight = weight_of(block.get_submodule(name))
-            for bits in SUPPORTED_BITS:
-                chosen = LayerFormat.model_validate({"bits": bits, "groups_per_row": groups})
-                sketched = sketch_rows(weight, shared, chosen, quick)
-                errors.setdefault(full_name, {})[bits] = sketched.relative_error()
-    return errors

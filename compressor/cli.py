@@ -50,6 +50,10 @@ def main(
     refit: Annotated[
         bool, typer.Option(help="Refit tables and codes under the full Hessian after rounding.")
     ] = True,
+    drift_correction: Annotated[
+        bool,
+        typer.Option(help="Aim at the original's outputs on the compressed model's inputs."),
+    ] = True,
     refine: Annotated[
         int, typer.Option(metavar="STEPS", help="Distil from the original for so many steps.")
     ] = 0,
@@ -90,35 +94,29 @@ def main(
     """
     with user_errors():
         quiet_libraries()
-        from pydantic import ValidationError
+        from spallm_serve.compressor.settings import parse_settings
 
-        from spallm_serve.compressor.settings import CompressSettings
-
-        try:
-            settings = CompressSettings.model_validate(
-                {
-                    "bits": bits,
-                    "groups_per_row": groups_per_row,
-                    "calibration": calibration,
-                    "samples": samples,
-                    "seqlen": seqlen,
-                    "weight_exponent": weight_exponent,
-                    "damping": damping,
-                    "refit": refit,
-                    "refine_steps": refine,
-                    "estimator_rank": estimator_rank,
-                    "target_bits": target_bits,
-                    "bits_for": tuple(_pattern_bits(text) for text in bits_for or ()),
-                    "skip": tuple(skip or ()),
-                    "embeddings": embeddings,
-                    "device": device,
-                    "seed": seed,
-                }
-            )
-        except ValidationError as error:
-            problem = error.errors()[0]
-            option = str(problem["loc"][0]).replace("_", "-")
-            raise UserError(f"--{option} {problem['input']!r}: {problem['msg']}") from error
+        settings = parse_settings(
+            {
+                "bits": bits,
+                "groups_per_row": groups_per_row,
+                "calibration": calibration,
+                "samples": samples,
+                "seqlen": seqlen,
+                "weight_exponent": weight_exponent,
+                "damping": damping,
+                "refit": refit,
+                "drift_correction": drift_correction,
+                "refine_steps": refine,
+                "estimator_rank": estimator_rank,
+                "target_bits": target_bits,
+                "bits_for": tuple(_pattern_bits(text) for text in bits_for or ()),
+                "skip": tuple(skip or ()),
+                "embeddings": embeddings,
+                "device": device,
+                "seed": seed,
+            }
+        )
         from spallm_serve.compressor.command import run_command
 
         run_command(model, output, settings, dry_run=dry_run, resume=resume)

@@ -2,24 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 import errno
+import math
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from spallm_serve.checkpoint import CODES, TABLES, sketch_tensors
 from spallm_serve.compressor.allocation import allocate_bits
-from spallm_serve.compressor.block import compress_block, install_sketches, measure_block
+from spallm_serve.compressor.block import (
+    BlockPair,
+    compress_block,
+    install_sketches,
+    measure_block,
+)
 from spallm_serve.compressor.calibration import calibration_tokens
 from spallm_serve.compressor.embeddings import embedding_hessian, sketch_embedding
 from spallm_serve.compressor.estimate import output_sizes
 from spallm_serve.compressor.hessian import HessianAccumulator
 from spallm_serve.compressor.observer import Observer
 from spallm_serve.compressor.plan import make_plan, with_bits
+from spallm_serve.compressor.precision import compute_dtype
 from spallm_serve.compressor.publish import (
     BLOCK_FILE,
     EMBEDDINGS_FILE,
@@ -52,7 +60,10 @@ from spallm_serve.models import (
 )
 from spallm_serve.sketch import Sketch
 
-_TOKENS_FILE = "tokens"
+# The drift between the two models' inputs is smooth: so many tokens of the original are enough.
+DRIFT_TOKENS = 16384
+
+TOKENS_FILE = "tokens"
 _ALLOCATION_FILE = "allocation"
 
 
@@ -100,6 +111,7 @@ class _Run:
         self.source, self.run = source, run
         self.settings, self.observer = settings, observer
         self.device = torch.device(settings.device)
+        self.dtype = compute_dtype(source.reader, self.device)
         self.model = skeleton(source.config)
         self.prefix, self.blocks = decoder_blocks(self.model)
         self.plan = make_plan(self.model, settings)
@@ -130,10 +142,14 @@ class _Run:
             done = [self.run.has(BLOCK_FILE.format(index)) for index in range(len(self.blocks))]
             self.observer.resumed(sum(done))
         inputs = self._block_inputs(batches)
+        original_inputs = None
+        if self.settings.drift_correction:
+            original_inputs = inputs.head(math.ceil(DRIFT_TOKENS / batches[0].numel()))
         self.observer.stage("compressing", len(self.blocks), "blocks")
-        for index, block in enumerate(self.blocks):
-            self._pass_block(index, block, inputs)
+        for index in range(len(self.blocks)):
+            self._pass_block(index, inputs, original_inputs)
             self.observer.step(index + 1)
+        del original_inputs
         if self.plan.embeddings and not self.run.has(EMBEDDINGS_FILE):
             self._compress_embeddings(inputs, batches)
         del inputs
@@ -151,15 +167,15 @@ class _Run:
         return publish(finished)
 
     def _tokens(self) -> Tensor:
-        if not self.run.has(_TOKENS_FILE):
+        if not self.run.has(TOKENS_FILE):
             self.observer.stage("calibration text", self.settings.seqlen, "tokens")
             tokens = calibration_tokens(self.source, self.settings, self.observer.step)
-            self.run.save(_TOKENS_FILE, {"tokens": tokens})
-        return self.run.load(_TOKENS_FILE)["tokens"]
+            self.run.save(TOKENS_FILE, {"tokens": tokens})
+        return self.run.load(TOKENS_FILE)["tokens"]
 
     def _block_inputs(self, batches: list[Tensor]) -> BlockInputs:
         self._materialize_outside()
-        inputs = capture_block_inputs(self.model, batches)
+        inputs = capture_block_inputs(self.model, batches, self.dtype)
         dematerialize(self.model)
         return inputs
 
@@ -169,7 +185,7 @@ class _Run:
         for name, module in self.model.named_modules():
             inside = name == self.prefix or name.startswith(f"{self.prefix}.")
             if not inside and module is not head and not list(module.children()):
-                materialize(module, name, self.source, self.device)
+                materialize(module, name, self.source, self.device, self.dtype)
 
     def _allocation(self, batches: list[Tensor]) -> dict[str, int]:
         assert self.settings.target_bits is not None
@@ -180,41 +196,42 @@ class _Run:
             self.observer.stage("measuring layers", len(self.blocks), "blocks")
             for index, block in enumerate(self.blocks):
                 prefix = f"{self.prefix}.{index}"
-                materialize(block, prefix, self.source, self.device)
-                errors |= measure_block(block, prefix, index, inputs, free, self.settings)
-                inputs.advance(block, index)
+                materialize(block, prefix, self.source, self.device, self.dtype)
+                pair = BlockPair(prefix, index, block, inputs)
+                errors |= measure_block(pair, free, self.settings)
                 dematerialize(block)
                 self.observer.step(index + 1)
             bits = allocate_bits(self.plan.layers, errors, self.settings.target_bits)
             self.run.save(_ALLOCATION_FILE, {}, bits)
         return dict(self.run.record(_ALLOCATION_FILE))
 
-    def _pass_block(self, index: int, block: nn.Module, inputs: BlockInputs) -> None:
+    def _pass_block(
+        self, index: int, inputs: BlockInputs, original_inputs: BlockInputs | None
+    ) -> None:
         """Compress a block, or take its sketches from the run's state, and run it."""
-        prefix = f"{self.prefix}.{index}"
+        block, prefix = self.blocks[index], f"{self.prefix}.{index}"
         name = BLOCK_FILE.format(index)
-        materialize(block, prefix, self.source, self.device)
+        materialize(block, prefix, self.source, self.device, self.dtype)
+        original = None if original_inputs is None else copy.deepcopy(block)
         if self.run.has(name):
             install_sketches(block, prefix, self._saved_sketches(name))
+            inputs.advance(block, index)
+            if original is not None and original_inputs is not None:
+                original_inputs.advance(original, index)
         else:
-            result = compress_block(
-                block,
-                prefix,
-                index,
-                inputs,
-                self.plan.layers,
-                self.settings,
-                self.observer.layer,
-            )
-            tensors: dict[str, Tensor] = {}
-            for layer, sketch in result.sketches.items():
-                tensors |= sketch_tensors(layer, sketch)
-            for layer, (a, b) in result.estimators.items():
-                tensors |= {layer + ESTIMATOR_A: a, layer + ESTIMATOR_B: b}
-            records = list(result.records.values())
-            self.run.save(name, tensors, layers_record(records, result.sample))
-        inputs.advance(block, index)
+            pair = BlockPair(prefix, index, block, inputs, original, original_inputs)
+            self._save_block(name, pair)
         dematerialize(block)
+
+    def _save_block(self, name: str, pair: BlockPair) -> None:
+        result = compress_block(pair, self.plan.layers, self.settings, self.observer.layer)
+        tensors: dict[str, Tensor] = {}
+        for layer, sketch in result.sketches.items():
+            tensors |= sketch_tensors(layer, sketch)
+        for layer, (a, b) in result.estimators.items():
+            tensors |= {layer + ESTIMATOR_A: a, layer + ESTIMATOR_B: b}
+        records = list(result.records.values())
+        self.run.save(name, tensors, layers_record(records, result.sample))
 
     def _saved_sketches(self, name: str) -> dict[str, Sketch]:
         tensors = self.run.load(name)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from spallm_serve.checkpoint import Bits
+from spallm_serve.errors import UserError
 
 
 class CompressSettings(BaseModel):
@@ -21,6 +22,7 @@ class CompressSettings(BaseModel):
         damping: share of the mean diagonal added to the Hessian.
         refit: least squares and coordinate descent after rounding.
         descent_cycles: passes of that coordinate descent.
+        drift_correction: aim at the original's outputs on the compressed model's inputs.
         refine_steps: steps of distillation from the original model.
         estimator_rank: of the SVD estimators; 0 writes none.
         target_bits: average bits per weight, tables counted, to choose bits per layer for.
@@ -42,6 +44,7 @@ class CompressSettings(BaseModel):
     damping: float = Field(0.1, ge=0, le=10)
     refit: bool = True
     descent_cycles: int = Field(2, ge=0, le=64)
+    drift_correction: bool = True
     refine_steps: int = Field(0, ge=0)
     estimator_rank: int = Field(8, ge=0, le=1024)
     target_bits: float | None = Field(None, gt=2, le=5)
@@ -50,3 +53,17 @@ class CompressSettings(BaseModel):
     embeddings: Literal[2, 3, 4] | None = None
     device: str = "cpu"
     seed: int = 0
+
+
+def parse_settings(raw: dict[str, object]) -> CompressSettings:
+    """Settings from options.
+
+    Raises:
+        UserError: names the option, what was given and what was expected.
+    """
+    try:
+        return CompressSettings.model_validate(raw)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        option = str(problem["loc"][0]).replace("_", "-")
+        raise UserError(f"--{option} {problem['input']!r}: {problem['msg']}") from error

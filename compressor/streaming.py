@@ -8,7 +8,7 @@ belong together is seen from who shares an input. No architecture is known by na
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from spallm_serve.models import decoder_blocks, is_norm, linears
 MICRO_BATCH_TOKENS = 2048
 
 
-class _Stop(Exception):
+class _Stop(Exception):  # noqa: N818 (not an error)
     """Ends a forward pass once what it was run for has been seen."""
 
 
@@ -31,7 +31,7 @@ class BlockInputs:
     """The calibration tokens in front of a block.
 
     Attributes:
-        hidden: float32 ``[batch, seqlen, width]`` a micro batch; updated in place block by block.
+        hidden: ``[batch, seqlen, width]`` a micro batch; replaced block by block.
         calls: for each block the positional and keyword arguments beside the hidden states.
         returns_tuple: whether the blocks of this architecture return a tuple.
     """
@@ -48,6 +48,10 @@ class BlockInputs:
             self.returns_tuple = True
             return output[0]
         return output
+
+    def head(self, batches: int) -> BlockInputs:
+        """The first micro batches, to be advanced through other blocks."""
+        return BlockInputs(self.hidden[:batches], self.calls, self.returns_tuple)
 
     def advance(self, block: nn.Module, index: int) -> None:
         """Replace every micro batch by the block's output."""
@@ -68,12 +72,15 @@ def micro_batches(tokens: Tensor) -> list[Tensor]:
 
 
 @torch.no_grad()
-def capture_block_inputs(model: PreTrainedModel, batches: list[Tensor]) -> BlockInputs:
+def capture_block_inputs(
+    model: PreTrainedModel, batches: list[Tensor], dtype: torch.dtype
+) -> BlockInputs:
     """Run the part of the model before its blocks; record how each block is called.
 
     Args:
         model: only the modules outside the blocks need memory.
         batches: token ids, int64 ``[batch, seqlen]`` each.
+        dtype: what the blocks compute in.
 
     Raises:
         UserError: the model does not call its blocks one after another on hidden states.
@@ -95,14 +102,12 @@ def capture_block_inputs(model: PreTrainedModel, batches: list[Tensor]) -> Block
 
     hidden: list[Tensor] = []
     recorded = calls
-    with _replaced_forwards(blocks, record), _float_embeddings(model):
+    with _replaced_forwards(blocks, record), _embeddings_in(model, dtype):
         for batch in batches:
             calls.clear()
             first.clear()
-            try:
+            with suppress(_Stop):
                 model(input_ids=batch, use_cache=False)
-            except _Stop:
-                pass
             if len(calls) != len(blocks) or len(first) != 1:
                 raise UserError(
                     f"{type(model).__name__}: expected each of {len(blocks)} blocks to be called "
@@ -144,13 +149,11 @@ def for_each_head_input(
 
     handle = model.get_output_embeddings().register_forward_pre_hook(hook)
     try:
-        with _replaced_forwards(blocks, pass_on), _float_embeddings(model):
+        with _replaced_forwards(blocks, pass_on), _embeddings_in(model, inputs.hidden[0].dtype):
             for hidden, batch in zip(inputs.hidden, batches, strict=True):
                 states[:] = [hidden]
-                try:
+                with suppress(_Stop):
                     model(input_ids=batch, use_cache=False)
-                except _Stop:
-                    pass
     finally:
         handle.remove()
 
@@ -208,27 +211,6 @@ def group_by_input(block: nn.Module, inputs: BlockInputs, index: int) -> list[In
     ]
 
 
-@torch.no_grad()
-def for_each_input(
-    block: nn.Module, inputs: BlockInputs, index: int, name: str, use: Callable[[Tensor], None]
-) -> None:
-    """Give ``use`` what the linear ``name`` reads in every micro batch; the rest is not run."""
-
-    def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        use(args[0])
-        raise _Stop
-
-    handle = block.get_submodule(name).register_forward_pre_hook(hook)
-    try:
-        for batch in range(len(inputs.hidden)):
-            try:
-                inputs.run(block, index, batch)
-            except _Stop:
-                pass
-    finally:
-        handle.remove()
-
-
 def _same_tensor(a: Tensor, b: Tensor) -> bool:
     """One tensor or two views of it (OPT flattens its input before the first MLP layer)."""
     return a is b or (a.data_ptr() == b.data_ptr() and a.numel() == b.numel())
@@ -248,10 +230,10 @@ def _replaced_forwards(
 
 
 @contextmanager
-def _float_embeddings(model: PreTrainedModel) -> Iterator[None]:
-    """Embeddings stay in the dtype they are stored in and give float32, as all else computes in."""
+def _embeddings_in(model: PreTrainedModel, dtype: torch.dtype) -> Iterator[None]:
+    """Embeddings stay in the dtype they are stored in and give what all else computes in."""
     handles = [
-        module.register_forward_hook(lambda module, args, output: output.float())
+        module.register_forward_hook(lambda module, args, output: output.to(dtype))
         for module in model.modules()
         if isinstance(module, nn.Embedding)
     ]

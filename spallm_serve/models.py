@@ -205,17 +205,19 @@ def materialize(
     prefix: str,
     source: ModelSource,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
     skip: Collection[str] = (),
 ) -> None:
     """Bring in the weights of a module, and of all below it, that have no memory yet.
 
-    Embeddings keep the dtype they are stored in; everything else becomes float32.
+    Embeddings keep the dtype they are stored in; everything else becomes ``dtype``.
 
     Args:
         module: part of a :func:`skeleton`.
         prefix: the module's name in the model.
         source: where the weights are.
         device: where they go.
+        dtype: floating point type of the weights.
         skip: names of modules that are left without.
 
     Raises:
@@ -230,8 +232,8 @@ def materialize(
                 continue
             full_name = f"{owner_name}.{name}" if owner_name else name
             loaded = read_parameter(source, full_name, tuple(parameter.shape))
-            dtype = loaded.dtype if isinstance(owner, nn.Embedding) else torch.float32
-            loaded = loaded.to(device, dtype)
+            kept = loaded.dtype if isinstance(owner, nn.Embedding) else dtype
+            loaded = loaded.to(device, kept)
             setattr(owner, name, nn.Parameter(loaded, requires_grad=False))
 
 

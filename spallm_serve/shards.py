@@ -55,6 +55,13 @@ class ShardReader:
         bits = re.search(r"\d+", self._dtypes[name])
         return math.prod(self._shapes[name]) * (int(bits.group()) if bits else 8) // 8
 
+    def dominant_dtype(self) -> str:
+        """safetensors' name of the dtype that most bytes are stored in, for example ``BF16``."""
+        total: dict[str, int] = {}
+        for name, dtype in self._dtypes.items():
+            total[dtype] = total.get(dtype, 0) + self.nbytes(name)
+        return max(total, key=lambda dtype: total[dtype])
+
     def read(self, name: str) -> Tensor:
         """One tensor, copied out of the file: the mapping, which would count as our memory, is
         let go of."""

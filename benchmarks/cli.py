@@ -1,0 +1,168 @@
+"""The command ``spallm-bench``: every claim has a command that measures it."""
+
+from __future__ import annotations
+
+import json as json_module
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from spallm_serve.console import quiet_libraries, user_errors
+from spallm_serve.errors import UserError
+
+if TYPE_CHECKING:
+    from spallm_serve.benchmarks.records import Record
+
+app = typer.Typer(
+    add_completion=False,
+    rich_markup_mode="rich",
+    no_args_is_help=True,
+    help="Measure what is claimed. Results are JSON records with machine, versions and command.",
+)
+
+_Json = Annotated[Optional[Path], typer.Option("--json", help="Where the results go.")]
+_Model = Annotated[
+    Optional[str], typer.Option("--model", help="Default: the packaged SmolLM2-135M-Instruct.")
+]
+_Scratch = Annotated[
+    Optional[Path], typer.Option(help="Folder for models; default a temporary one.")
+]
+
+
+@app.command()
+def quality(
+    calibration: Annotated[Path, typer.Option(help="Text to compress on, e.g. valid.txt.")],
+    text: Annotated[Path, typer.Option(help="Text to judge on, e.g. test.txt.")],
+    variant: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Settings of ours, e.g. bits=2,refine_steps=60; may be repeated."),
+    ] = None,
+    peers: Annotated[
+        str, typer.Option(help="Comma-separated modules of benchmarks/peers, 'all' or 'none'.")
+    ] = "all",
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 64,
+    samples: Annotated[int, typer.Option(help="Windows of 512 tokens to compress on.")] = 128,
+    model: _Model = None,
+    scratch: _Scratch = None,
+    json: _Json = None,
+) -> None:
+    """Perplexity, KL and bits per weight of ours and of every peer, on one harness."""
+    with _measuring(scratch) as folder:
+        from spallm_serve.benchmarks import quality as bench
+
+        chosen = {"all": bench.PEERS, "none": ()}.get(peers, tuple(peers.split(",")))
+        unknown = [name for name in chosen if name not in bench.PEERS]
+        if unknown:
+            raise UserError(f"--peers {unknown[0]!r}: expected some of {', '.join(bench.PEERS)}")
+        variants = [_variant(text) for text in variant or ("bits=4", "bits=3", "bits=2")]
+        records = bench.quality_records(
+            _model_dir(model, folder),
+            calibration,
+            text,
+            variants,
+            chosen,
+            folder,
+            windows=windows,
+            samples=samples,
+        )
+        _finish(records, json)
+
+
+@app.command()
+def lloyd(json: _Json = None) -> None:
+    """Seconds for the tables of a 4096 x 4096 matrix on one core."""
+    with _measuring(None):
+        from spallm_serve.benchmarks.lloyd import lloyd_records
+
+        _finish(iter(lloyd_records()), json)
+
+
+@app.command()
+def memory(
+    blocks: Annotated[
+        Optional[list[int]], typer.Option(help="Depths; 22 blocks make 1.1 B parameters.")
+    ] = None,
+    bits: Annotated[int, typer.Option(help="Bits to compress to.")] = 2,
+    scratch: _Scratch = None,
+    json: _Json = None,
+) -> None:
+    """Peak memory of compressing random Llamas of several depths against the promised bound."""
+    with _measuring(scratch) as folder:
+        from spallm_serve.benchmarks.memory import memory_records
+
+        _finish(memory_records(folder, tuple(blocks or (4, 22)), bits), json)
+
+
+@app.command()
+def resume(
+    kills: Annotated[int, typer.Option(help="How many kill -9.")] = 10,
+    seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
+    model: _Model = None,
+    option: Annotated[
+        Optional[list[str]], typer.Option(help="Further option of spallm-compress; repeat it.")
+    ] = None,
+    scratch: _Scratch = None,
+    json: _Json = None,
+) -> None:
+    """Kill a run at random moments; the finished directory must be the same to the byte."""
+    with _measuring(scratch) as folder:
+        from spallm_serve.benchmarks.resume import resume_records
+
+        quick = ["--samples", "4", "--seqlen", "64", "--refine", "2"]
+        source = _model_dir(model, folder)
+        _finish(iter(resume_records(source, folder, option or quick, kills, seed)), json)
+
+
+def _variant(text: str) -> dict[str, Any]:
+    pairs = [pair.partition("=") for pair in text.split(",")]
+    if not all(separator for _, separator, _ in pairs):
+        raise UserError(f"--variant {text!r}: expected name=value,name=value")
+    return {name.strip(): _value(value.strip()) for name, _, value in pairs}
+
+
+def _value(text: str) -> Any:
+    try:
+        return json_module.loads(text)
+    except ValueError:
+        return text
+
+
+@contextmanager
+def _measuring(scratch: Path | None) -> Iterator[Path]:
+    """The environment all measurements share, and a folder that goes away unless it was named."""
+    with user_errors(), tempfile.TemporaryDirectory() as temporary:
+        quiet_libraries()
+        import torch
+
+        torch.set_float32_matmul_precision("medium")
+        folder = scratch if scratch is not None else Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        yield folder
+
+
+def _model_dir(model: str | None, folder: Path) -> Path:
+    from spallm_serve.benchmarks.model import packaged_model
+    from spallm_serve.models import resolve_model
+
+    unpacked = folder / "model"
+    return packaged_model(unpacked) if model is None else resolve_model(model, unpacked)
+
+
+def _finish(records: Iterator[Record] | list[Record], path: Path | None) -> None:
+    """Take the records as they come; after each one the file holds all there are."""
+    from rich.console import Console
+
+    from spallm_serve.benchmarks.records import results, write_results
+
+    console = Console()
+    taken = []
+    for record in records:
+        taken.append(record)
+        figures = record.model_dump(exclude_none=True, exclude={"bench", "better"})
+        console.print(figures)
+        if path is not None:
+            write_results(results(taken), path)
