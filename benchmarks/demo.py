@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -146,22 +147,20 @@ def _directory_bytes(directory: Path) -> int:
 
 
 def _chat(console: Console, model_dir: Path) -> None:
+    from transformers import pipeline
+
     from spallm_serve.models import load_model, load_tokenizer
 
-    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
+    assistant: Any = pipeline(  # type: ignore[call-overload]
+        "text-generation", model=load_model(model_dir), tokenizer=load_tokenizer(model_dir)
+    )
     for question in _QUESTIONS:
-        prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": question}],
-            add_generation_prompt=True,
-            return_tensors="pt",
-            return_dict=True,
-        )
-        answer = model.generate(**prompt, max_new_tokens=_ANSWER_TOKENS, do_sample=False)
-        reply = tokenizer.decode(
-            answer[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True
+        chat = [{"role": "user", "content": question}]
+        (reply,) = assistant(
+            chat, max_new_tokens=_ANSWER_TOKENS, do_sample=False, return_full_text=False
         )
         console.print(f"  [b]>[/b] {question}")
-        console.print(f"    {reply.strip()}", markup=False)
+        console.print(f"    {reply['generated_text'].strip()}", markup=False)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,7 @@ def _peak_rss(source: Path, output: Path, bits: int) -> int:
 
 
 def compress_on_random_tokens(source: Path, output: Path, bits: int) -> None:
-    """Compress a model that has no tokenizer: its calibration tokens are put in place beforehand."""
+    """Compress a model without a tokenizer: its calibration tokens are put in place first."""
     import torch
 
     from spallm_serve.compressor.observer import SilentObserver

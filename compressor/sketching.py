@@ -20,7 +20,6 @@ from spallm_serve.compressor.rounding import round_with_feedback
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.kernels.reference import dequantize
 
-
 # Enough for all of the gain at 4 bits; the start is near the optimum already.
 _REFIT_STEPS = 4
 # Temporaries take about 30 bytes a weight; rows are independent, so they go in chunks.

@@ -75,6 +75,7 @@ class SketchedLinear(_Sketched):
         return F.linear(x, self.dense_weight(x.dtype), self.bias)
 
     def extra_repr(self) -> str:
+        """What ``print(model)`` shows."""
         bits, groups = self.codes.shape[0], self.tables.shape[1]
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, "
@@ -123,7 +124,7 @@ class TiedHead(nn.Module):
         super().__init__()
         # In a tuple, so that the embedding does not become a submodule here too.
         self._embedding = (embedding,)
-        self.register_parameter("bias", bias)
+        self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., embedding_dim] -> [..., num_embeddings]``."""

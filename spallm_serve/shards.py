@@ -105,7 +105,7 @@ class ShardReader:
     def _read_header(self, path: Path) -> None:
         try:
             with safe_open(path, framework="pt") as shard:
-                for name in shard.keys():
+                for name in list(shard.keys()):
                     view = shard.get_slice(name)
                     self._shapes[name] = tuple(view.get_shape())
                     self._dtypes[name] = view.get_dtype()

@@ -1,4 +1,4 @@
-"""``spallm-compress`` as a user meets it: bad input is one line, exit code 2, nothing left behind."""
+"""``spallm-compress`` as a user meets it: bad input is one line, exit code 2, nothing behind."""
 
 from __future__ import annotations
 
@@ -210,6 +210,4 @@ def test_cholesky_that_always_fails_falls_back_and_is_reported(
 def test_unusable_numbers_and_devices(source: Path, tmp_path: Path) -> None:
     assert "--seqlen" in refused(tmp_path / "out", source, "--seqlen", "2")
     assert "--device" in refused(tmp_path / "out", source, "--device", "abacus")
-    assert "cannot be reached" in refused(
-        tmp_path / "out", source, "--target-bits", "2.01", *QUICK
-    )
+    assert "cannot be reached" in refused(tmp_path / "out", source, "--target-bits", "2.01", *QUICK)
