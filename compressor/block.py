@@ -11,18 +11,14 @@ from torch import Tensor, nn
 
 from spallm_serve.checkpoint import LayerFormat
 from spallm_serve.compressor.block_walk import BlockWalk
-from spallm_serve.compressor.hessian import (
-    DriftAccumulator,
-    HessianAccumulator,
-    settle_dead_columns,
-)
+from spallm_serve.compressor.drift import DriftAccumulator
+from spallm_serve.compressor.hessian import HessianAccumulator, settle_dead_columns
 from spallm_serve.compressor.plan import PlannedLayer
 from spallm_serve.compressor.record import LayerRecord, TableSample, layer_record
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.compressor.sketching import (
     Curvature,
     curvature,
-    drift_correction,
     sketch_rows,
 )
 from spallm_serve.compressor.streaming import BlockInputs, InputGroup, group_by_input
@@ -216,21 +212,14 @@ def _observe(
         wanted = next(originals, None)
         if drift is not None and wanted is not None:
             drift.add(wanted, current)
+    if drift is not None:
+        weights = drift.correct(weights, settings.damping)
+        del drift
     hessian = accumulator.finish()
     dead = settle_dead_columns(hessian)
     for weight in weights.values():
         weight[:, dead] = 0
-    if drift is None:
-        return curvature(hessian, settings.damping), weights
-    # Projected before the Hessian is factored: three square matrices are enough at a time.
-    matrix = drift.finish()
-    projected = {name: weight @ matrix for name, weight in weights.items()}
-    del drift, matrix
-    shared = curvature(hessian, settings.damping)
-    return shared, {
-        name: weight + drift_correction(projected.pop(name), shared)
-        for name, weight in weights.items()
-    }
+    return curvature(hessian, settings.damping), weights
 
 
 def _by_format(

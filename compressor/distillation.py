@@ -15,26 +15,27 @@ from spallm_serve.sketch import Sketch
 
 
 class _TableLinear(torch.autograd.Function):
-    """``x W^T`` with W looked up from codes and tables.
+    """``x W^T`` with W looked up from codes and tables, multiplied in the dtype of x.
 
     Neither W nor an index of it is kept for the backward pass: both are made again from the codes,
-    one byte a weight.
+    one byte a weight. The tables' gradient is summed in their own dtype.
     """
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, codes: Tensor, tables: Tensor) -> Tensor:
         ctx.save_for_backward(x, codes, tables)
-        return x @ dequantize(codes, tables).T
+        return x @ dequantize(codes, tables).to(x.dtype).T
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, Tensor]:  # type: ignore[override]
         x, codes, tables = ctx.saved_tensors
-        grad_x = grad @ dequantize(codes, tables)
+        grad_x = grad @ dequantize(codes, tables).to(grad.dtype)
         grad_weight = grad.reshape(-1, grad.shape[-1]).T @ x.reshape(-1, x.shape[-1])
         rows, groups, _ = tables.shape
         index = codes.view(rows, groups, -1).long()
         grad_tables = torch.zeros_like(tables)
-        grad_tables.scatter_add_(2, index, grad_weight.view(rows, groups, -1))
+        values = grad_weight.to(tables.dtype).view(rows, groups, -1)
+        grad_tables.scatter_add_(2, index, values)
         return grad_x, None, grad_tables
 
 
@@ -50,7 +51,9 @@ class TrainableLinear(nn.Module):
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """``x [..., in] -> [..., out]``."""
+        """``x [..., in] -> [..., out]``, in autocast's dtype where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         y: Tensor = _TableLinear.apply(x, self.codes, self.tables)
         return y if self.bias is None else y + self.bias
 

@@ -28,26 +28,6 @@ class HessianAccumulator:
         return self._sum.mul_(2.0 / max(self._tokens, 1))
 
 
-class DriftAccumulator:
-    """``P = (2 / n) * sum over tokens of (x - x_hat) x_hat^T``: how the inputs of the original
-    model, x, and of the compressed one, x_hat, have drifted apart."""
-
-    def __init__(self, columns: int, device: torch.device | None = None) -> None:
-        self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self._tokens = 0
-
-    def add(self, original: Tensor, compressed: Tensor) -> None:
-        """Add the two models' inputs ``[..., columns]`` for the same tokens."""
-        current = compressed.reshape(-1, compressed.shape[-1]).float()
-        drift = original.reshape(current.shape).float() - current
-        self._sum.addmm_(drift.T, current)
-        self._tokens += current.shape[0]
-
-    def finish(self) -> Tensor:
-        """float32 ``[columns, columns]``; nothing may be added afterwards."""
-        return self._sum.mul_(2.0 / max(self._tokens, 1))
-
-
 @dataclass(frozen=True)
 class DampedFactor:
     """What :func:`damped_factor` found.

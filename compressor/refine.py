@@ -16,6 +16,7 @@ from spallm_serve.compressor.distillation import (
     make_trainable,
 )
 from spallm_serve.compressor.observer import Observer
+from spallm_serve.compressor.precision import compute_dtype
 from spallm_serve.compressor.publish import REFINED_FILE, FinishedRun
 from spallm_serve.compressor.refit import sort_tables
 from spallm_serve.models import (
@@ -29,7 +30,7 @@ from spallm_serve.sketch import Sketch
 
 # Tokens a step. The learning rate of a tensor is a share of its own root mean square, so that it
 # suits models of any scale; it falls linearly to nothing.
-STEP_TOKENS = 2048
+STEP_TOKENS = 1024
 TABLE_RATE = 0.02
 NORM_RATE = 0.005
 WARM_UP_STEPS = 5
@@ -56,6 +57,7 @@ def refine(finished: FinishedRun, tokens: Tensor, observer: Observer) -> list[fl
     if run.has(REFINED_FILE):
         return list(run.record(REFINED_FILE))
     device = torch.device(settings.device)
+    dtype = compute_dtype(finished.source.reader, device)
     teacher = skeleton(finished.source.config)
     map_weights(teacher, finished.source, device)
     student, trained = _student(finished, device)
@@ -73,7 +75,8 @@ def refine(finished: FinishedRun, tokens: Tensor, observer: Observer) -> list[fl
         chosen = tokens[order[step * batch : (step + 1) * batch]].to(device)
         for group in optimizer.param_groups:
             group["lr"] = group["peak"] * _schedule(step, steps)
-        losses.append(_step(student, teacher, chosen, optimizer))
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            losses.append(_step(student, teacher, chosen, optimizer))
         observer.refined(losses[-1])
         observer.step(step + 1)
         if (step + 1) % _SAVE_EVERY == 0 and step + 1 < steps:

@@ -47,30 +47,6 @@ def curvature(hessian: Tensor, damping: float) -> Curvature:
     return Curvature(hessian, order, damped_factor(hessian, order, damping))
 
 
-def drift_correction(projected_drift: Tensor, inputs: Curvature) -> Tensor:
-    """What to add to a weight so that on the compressed model's inputs it gives the original's
-    outputs.
-
-    Minimising ``||W x - W' x_hat||^2`` over W' gives ``W' = W + W P H^-1`` with the drift P of
-    :class:`~spallm_serve.compressor.hessian.DriftAccumulator` (the asymmetric calibration of
-    GPTAQ, Li et al. 2025, arXiv:2504.02692, here applied to the target before tables are fitted,
-    so that Lloyd, rounding and refit all see it).
-
-    Args:
-        projected_drift: ``W P``, float32 ``[rows, columns]``.
-        inputs: their curvature; the damped inverse is used, as a ridge.
-
-    Returns:
-        float32 ``[rows, columns]``; zeros where the Hessian could not be factored.
-    """
-    upper, order = inputs.factor.upper, inputs.order
-    if upper is None:
-        return torch.zeros_like(projected_drift)
-    correction = torch.empty_like(projected_drift)
-    correction[:, order] = (projected_drift[:, order] @ upper.T) @ upper
-    return correction
-
-
 def column_weights(factor: Tensor, exponent: float) -> Tensor:
     """How much each column's rounding error matters to Lloyd: ``s_j = U_jj ** -exponent``.
 
