@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import resource
-import shutil
 import sys
 import tempfile
 import time
@@ -25,7 +24,7 @@ from spallm_serve.compressor.estimate import estimate_run
 from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.publish import REPORT_FILE
 from spallm_serve.compressor.record import CompressionRecord, LayerRecord
-from spallm_serve.compressor.run_directory import UNFINISHED, check_output
+from spallm_serve.compressor.run_directory import check_output
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.errors import UserError
 from spallm_serve.models import open_source
@@ -115,11 +114,9 @@ def run_command(
         with tempfile.TemporaryDirectory() as scratch:
             _print_estimate(console, model, target, settings, Path(scratch))
         return
-    if not resume:
-        shutil.rmtree(target / UNFINISHED, ignore_errors=True)
     started = time.perf_counter()
     with RichObserver(console) as observer:
-        record = compress(model, target, settings, observer)
+        record = compress(model, target, settings, observer, resume=resume)
     _print_summary(console, record, target, time.perf_counter() - started)
 
 

@@ -101,10 +101,12 @@ def output_sizes(
 ) -> OutputSizes:
     """The sizes that a plan leads to, exact but for the estimators."""
     compressed = plan.layers | plan.embeddings
-    sketches = sum(layer.nbytes for layer in compressed.values())
+    linears = sum(layer.nbytes for layer in plan.layers.values())
     if settings.target_bits is not None:
-        weights = sum(layer.weight_count for layer in compressed.values())
-        sketches = math.ceil(settings.target_bits * weights / 8)
+        # The target is for the linears of the blocks.
+        weights = sum(layer.weight_count for layer in plan.layers.values())
+        linears = math.ceil(settings.target_bits * weights / 8)
+    sketches = linears + sum(layer.nbytes for layer in plan.embeddings.values())
     untouched = sum(
         source.reader.nbytes(checked_name(source, name, tuple(parameter.shape)))
         for name, parameter in model.named_parameters()

@@ -68,7 +68,12 @@ _ALLOCATION_FILE = "allocation"
 
 
 def compress(
-    model: str, output: Path, settings: CompressSettings, observer: Observer
+    model: str,
+    output: Path,
+    settings: CompressSettings,
+    observer: Observer,
+    *,
+    resume: bool = True,
 ) -> CompressionRecord:
     """Compress a model into ``output``; an unfinished run with the same settings is resumed.
 
@@ -83,14 +88,20 @@ def compress(
     """
     run = RunDirectory(output)
     with run.locked(), _disk_errors(output):
-        with _nothing_left_behind(run, unless=run.is_claimed):
-            source = open_source(model, run.path / "source")
-        resumed = run.claim(fingerprint(settings, source.directory))
+        if not resume:
+            run.discard()
         finished = finished_record(output)
         if finished is not None:
             # Killed after publishing: all that is left is to sweep.
+            if finished.settings != settings or finished.model != model:
+                raise UserError(
+                    f"{output}: already holds a model; remove it or choose another --output"
+                )
             run.sweep()
             return finished
+        with _nothing_left_behind(run, unless=run.is_claimed):
+            source = open_source(model, run.path / "source")
+        resumed = run.claim(fingerprint(settings, source.directory))
         with _nothing_left_behind(run, unless=lambda: run.has(BLOCK_FILE.format(0))):
             work = _Run(model, source, run, settings, observer)
             if not resumed:

@@ -94,8 +94,8 @@ def _student(
         name: Sketch(saved.read(name + CODES), saved.read(name + TABLES), layer.columns)
         for name, layer in finished.plan.layers.items()
     }
-    heads = {name.removesuffix(".weight") for name in model.all_tied_weights_keys}
-    materialize(model, "", finished.source, device, skip=heads | set(finished.plan.layers))
+    skip = set(model.all_tied_weights_keys) | {f"{name}.weight" for name in sketches}
+    materialize(model, "", finished.source, device, skip=skip)
     model.float()
     for name, layer in finished.plan.embeddings.items():
         sketch = Sketch(saved.read(name + CODES), saved.read(name + TABLES), layer.columns)

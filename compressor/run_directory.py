@@ -39,6 +39,7 @@ class RunDirectory:
         self.output = output
         self.path = output / UNFINISHED
         self._marker = self.path / "fingerprint"
+        self._moved = self.path / "moved.json"
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -80,6 +81,8 @@ class RunDirectory:
                 "give the same command to resume it, remove the directory, or choose another "
                 "--output"
             )
+        for stale in self.path.glob("*.safetensors"):
+            stale.unlink()  # of a run whose marker was swept, but not all else
         _write_atomically(self._marker, lambda path: path.write_text(fingerprint))
         return False
 
@@ -131,11 +134,34 @@ class RunDirectory:
         that the same command finishes, a kill after it only the state to be swept away.
         """
         staged = self.path / "finished"
+        names = sorted(path.name for path in staged.iterdir())
+        _write_atomically(self._moved, lambda path: path.write_text(json.dumps(names)))
         for path in sorted(staged.iterdir(), key=lambda path: path.name == last):
             _sync(path)
             path.replace(self.output / path.name)
         _sync(self.output)
         self.sweep()
+
+    def discard(self) -> None:
+        """Forget an unfinished run; only the lock stays.
+
+        Raises:
+            UserError: it is finished and was only not swept.
+        """
+        if (self.output / "config.json").is_file():
+            raise UserError(
+                f"{self.output}: already holds a model; remove it or choose another --output"
+            )
+        if self._moved.is_file():
+            for name in json.loads(self._moved.read_text()):
+                (self.output / name).unlink(missing_ok=True)
+        for path in self.path.iterdir():
+            if path.is_dir():
+                shutil.rmtree(path)
+            elif path.name not in ("lock", self._marker.name):
+                path.unlink()
+        # Last: what is left behind by a kill before this still belongs to that run.
+        self._marker.unlink(missing_ok=True)
 
     def sweep(self) -> None:
         """Remove the state, and the output directory if nothing else is in it."""

@@ -93,7 +93,8 @@ def read_sketch_config(directory: Path) -> SketchConfig:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from error
-    return parse_sketch_config(raw.get("quantization_config"), str(directory))
+    chosen = raw.get("quantization_config") if isinstance(raw, dict) else None
+    return parse_sketch_config(chosen, str(directory))
 
 
 def sketch_names(reader: ShardReader) -> list[str]:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -39,7 +41,7 @@ def read_documents(path: Path, tokenizer: PreTrainedTokenizerBase) -> list[str]:
         return [text]
     return [
         _document(line, f"{path}:{number}", tokenizer)
-        for number, line in enumerate(text.splitlines(), start=1)
+        for number, line in enumerate(text.split("\n"), start=1)
         if line.strip()
     ]
 
@@ -54,8 +56,20 @@ def _document(line: str, where: str, tokenizer: PreTrainedTokenizerBase) -> str:
             if isinstance(entry.get(field), str):
                 return str(entry[field])
         if isinstance(entry.get(_CHAT_FIELD), list):
-            return str(tokenizer.apply_chat_template(entry[_CHAT_FIELD], tokenize=False))
+            return _chat(entry[_CHAT_FIELD], where, tokenizer)
     raise UserError(f'{where}: expected {{"text": "..."}} or {{"messages": [...]}}')
+
+
+def _chat(messages: list[Any], where: str, tokenizer: PreTrainedTokenizerBase) -> str:
+    if tokenizer.chat_template is None:
+        raise UserError(f"{where}: the model's tokenizer has no chat template for messages")
+    for message in messages:
+        if not isinstance(message, dict) or not {"role", "content"} <= message.keys():
+            raise UserError(f'{where}: expected messages of {{"role": "...", "content": "..."}}')
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (ValueError, TemplateError) as error:
+        raise UserError(f"{where}: refused by the chat template ({error})") from error
 
 
 def token_windows(

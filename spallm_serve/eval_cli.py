@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,7 +47,7 @@ def ppl(
     with user_errors(), _opened(model) as (loaded, tokenizer):
         from spallm_serve.evaluation import perplexity
 
-        ids = _windows(text, tokenizer, seqlen, windows)
+        ids = _windows(text, loaded, tokenizer, seqlen, windows)
         with _progress("windows", len(ids)) as step:
             found = perplexity(loaded, ids, step)
         _show({"perplexity": found}, {"windows": len(ids), "seqlen": seqlen}, as_json)
@@ -74,7 +75,7 @@ def compare(
                 f"the models have different vocabularies ({reference.config.vocab_size} and "
                 f"{judged.config.vocab_size}); their distributions cannot be compared"
             )
-        ids = _windows(text, tokenizer, seqlen, windows)
+        ids = _windows(text, reference, tokenizer, seqlen, windows)
         with _progress("windows", len(ids)) as step:
             found = compare_models(reference, judged, ids, step)
         _show(
@@ -124,10 +125,23 @@ def _opened(model: str) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBa
         yield load_model(directory), load_tokenizer(directory)
 
 
-def _windows(text: Path, tokenizer: PreTrainedTokenizerBase, seqlen: int, limit: int) -> Tensor:
+def _windows(
+    text: Path,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    seqlen: int,
+    limit: int,
+) -> Tensor:
     from spallm_serve.data import file_windows
 
-    return file_windows(text, tokenizer, seqlen, limit)
+    windows = file_windows(text, tokenizer, seqlen, limit)
+    vocabulary = model.config.get_text_config(decoder=True).vocab_size
+    if int(windows.max()) >= vocabulary:
+        raise UserError(
+            f"the tokenizer gave id {int(windows.max())}, but the model has {vocabulary} "
+            "embeddings; tokenizer and model do not belong together"
+        )
+    return windows
 
 
 def _read_questions(path: Path) -> list[Any]:
@@ -136,7 +150,7 @@ def _read_questions(path: Path) -> list[Any]:
     try:
         raw = path.read_text(encoding="utf-8")
         entries = (
-            [json.loads(line) for line in raw.splitlines() if line.strip()]
+            [json.loads(line) for line in raw.split("\n") if line.strip()]
             if path.suffix == ".jsonl"
             else json.loads(raw)
         )
@@ -173,6 +187,9 @@ def _show(measured: dict[str, Any], facts: dict[str, int], as_json: bool) -> Non
 
     if as_json:
         figures = {name: asdict(estimate) for name, estimate in measured.items()}
+        for figure in figures.values():
+            # NaN, the standard error of a single observation, is no JSON.
+            figure.update({key: None for key, value in figure.items() if math.isnan(value)})
         typer.echo(json.dumps(figures | facts, indent=2))
         return
     table = Table("", "value", "standard error")

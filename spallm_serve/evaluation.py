@@ -10,6 +10,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -188,11 +189,13 @@ def choose(model: nn.Module, tokenizer: PreTrainedTokenizerBase, question: Quest
     """
     prompt = _answer_prompt(tokenizer, question.prompt)
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
+    # A compressed model may have no parameter, another one no buffer.
+    device = next(chain(model.parameters(), model.buffers())).device
     scores = []
     for option in question.options:
         whole = tokenizer(f"{prompt} {option}", add_special_tokens=False)["input_ids"]
         shared = _shared_prefix(start, whole)
-        window = torch.tensor([whole], device=next(model.buffers()).device)
+        window = torch.tensor([whole], device=device)
         likelihood = _log_probabilities(model, window)[shared - 1 :]
         scores.append(-F.nll_loss(likelihood, window[0, shared:]))
     return int(torch.stack(scores).argmax())

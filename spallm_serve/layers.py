@@ -38,9 +38,15 @@ class _Sketched(nn.Module):
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Moving or casting the module must not touch the tables' float16: they are the format.
         self._dense = None
+        tables = self.tables
         super()._apply(fn, recurse)
-        self.tables = self.tables.to(torch.float16)
+        if self.tables.dtype != tables.dtype:
+            self.tables = tables.to(self.tables.device)
         return self
+
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self._dense = None
+        super()._load_from_state_dict(*args, **kwargs)
 
 
 class SketchedLinear(_Sketched):
@@ -106,6 +112,11 @@ class SketchedEmbedding(_Sketched):
         super().__init__(num_embeddings, embedding_dim, bits, groups_per_row, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.scale, self.dtype = scale, dtype
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        # What comes out is cast as a dense embedding's weight would be.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.tables.device)).dtype
+        return super()._apply(fn, recurse)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids [...] -> [..., embedding_dim]``."""

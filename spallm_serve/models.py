@@ -70,9 +70,13 @@ def load_tokenizer(directory: Path) -> PreTrainedTokenizerBase:
         UserError: the directory has none.
     """
     try:
-        return AutoTokenizer.from_pretrained(directory)
+        tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(directory)
     except (OSError, ValueError, KeyError) as error:
         raise UserError(f"{directory}: no usable tokenizer ({first_line(error)})") from error
+    # For some architectures transformers makes up an empty one where the files are missing.
+    if len(tokenizer) <= len(set(tokenizer.all_special_tokens)):
+        raise UserError(f"{directory}: no usable tokenizer (its files are missing)")
+    return tokenizer
 
 
 def open_source(model: str, scratch: Path) -> ModelSource:
@@ -227,19 +231,17 @@ def materialize(
         source: where the weights are.
         device: where they go.
         dtype: floating point type of the weights.
-        skip: names of modules that are left without.
+        skip: names of parameters that are left without.
 
     Raises:
         UserError: a weight the checkpoint does not hold, has in another shape, or that holds NaN
             or Inf.
     """
     for owner_name, owner in module.named_modules(prefix=prefix):
-        if owner_name in skip:
-            continue
         for name, parameter in list(owner.named_parameters(recurse=False)):
-            if not parameter.is_meta:
-                continue
             full_name = f"{owner_name}.{name}" if owner_name else name
+            if not parameter.is_meta or full_name in skip:
+                continue
             loaded = read_parameter(source, full_name, tuple(parameter.shape))
             kept = loaded.dtype if isinstance(owner, nn.Embedding) else dtype
             loaded = loaded.to(device, kept)

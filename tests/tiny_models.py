@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
+from tokenizers import Tokenizer, decoders, models
 from transformers import (
     AutoModelForCausalLM,
     Gemma3TextConfig,
@@ -14,6 +15,7 @@ from transformers import (
     OPTConfig,
     PhiConfig,
     PreTrainedConfig,
+    PreTrainedTokenizerFast,
     Qwen3Config,
 )
 
@@ -69,4 +71,41 @@ def save_tiny(name: str, directory: Path, *, shard_size: str = "50GB") -> Path:
                 parameter.copy_(torch.randn_like(parameter) * 0.2)
     model.tie_weights()
     model.save_pretrained(directory, max_shard_size=shard_size)
+    return directory
+
+
+_SPECIAL = ("<pad>", "<s>", "</s>", "<unk>")
+_CHARACTERS = ("\n", *map(chr, range(32, 127)))
+CHAT_TEMPLATE = (
+    "{% for message in messages %}[{{ message['role'] }}] {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def save_tokenizer(
+    directory: Path,
+    *,
+    merges: tuple[tuple[str, str], ...] = (),
+    chat_template: str | None = CHAT_TEMPLATE,
+) -> Path:
+    """A tokenizer of single ASCII characters for the models above.
+
+    Args:
+        directory: the model's.
+        merges: pairs that become one token, in order; they may span a space.
+        chat_template: None for a tokenizer without.
+    """
+    tokens = (*_SPECIAL, *_CHARACTERS, *(first + second for first, second in merges))
+    vocabulary = {token: number for number, token in enumerate(tokens)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, list(merges), unk_token="<unk>"))
+    tokenizer.decoder = decoders.Fuse()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        unk_token="<unk>",
+        chat_template=chat_template,
+    )
+    fast.save_pretrained(directory)
     return directory

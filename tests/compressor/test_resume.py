@@ -99,7 +99,7 @@ def undisturbed(
     return wanted
 
 
-@pytest.mark.parametrize(("name", "moments"), [("plain", 3), ("allocated", 3), ("refined", 6)])
+@pytest.mark.parametrize(("name", "moments"), [("plain", 3), ("allocated", 2), ("refined", 5)])
 def test_interrupted_once(
     name: str,
     moments: int,
@@ -230,6 +230,20 @@ def test_other_settings_never_pass_for_a_run_that_was_not_swept(
         run(source, output, "allocated")
     files = undisturbed("plain")[0]
     assert {name: (output / name).read_bytes() for name in files} == files
+
+
+def test_state_without_its_fingerprint_is_not_taken_up(
+    source: Path,
+    tmp_path: Path,
+    undisturbed: Callable[[str], tuple[dict[str, bytes], int]],
+) -> None:
+    """Left by a kill while the state of another run was removed."""
+    output = tmp_path / "out"
+    with pytest.raises(Interrupted):
+        run(source, output, "allocated", Countdown(undisturbed("allocated")[1]))
+    (output / run_directory.UNFINISHED / "fingerprint").unlink()
+    run(source, output, "plain")
+    assert contents(output) == undisturbed("plain")[0]
 
 
 def test_other_settings_are_refused_and_touch_nothing(source: Path, tmp_path: Path) -> None:

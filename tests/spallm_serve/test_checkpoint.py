@@ -254,8 +254,16 @@ def test_reader_copies(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "dtype",
-    [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.uint8]
-    + [torch.bool, torch.float8_e4m3fn],
+    [
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.float8_e4m3fn,
+        torch.int64,
+        torch.uint8,
+        torch.bool,
+    ],
 )
 def test_reader_counts_bytes(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = torch.ones(3, 5).to(dtype)
