@@ -7,6 +7,7 @@ module at a time and dropped again, so that no more than a block or two is ever 
 from __future__ import annotations
 
 import fnmatch
+import shutil
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,7 @@ def _unpack_gguf(path: Path, scratch: Path) -> Path:
     partial = scratch.with_name(scratch.name + ".partial")
     loaded.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
+    shutil.rmtree(scratch, ignore_errors=True)  # what a kill may have left of it
     partial.rename(scratch)
     return scratch
 
