@@ -117,6 +117,24 @@ def resume(
         _finish(iter(resume_records(source, folder, option or quick, kills, seed)), json)
 
 
+@app.command()
+def table(
+    file: Annotated[Path, typer.Argument(help="Results of the quality benchmark.")],
+) -> None:
+    """Print a result file as a Markdown table."""
+    with user_errors():
+        from pydantic import ValidationError
+
+        from spallm_serve.benchmarks.records import BenchmarkResults
+        from spallm_serve.benchmarks.tables import quality_table
+
+        try:
+            found = BenchmarkResults.model_validate_json(file.read_text())
+        except (OSError, ValidationError) as error:
+            raise UserError(f"{file}: not a result file ({error})") from error
+        typer.echo(quality_table(found))
+
+
 def _variant(text: str) -> dict[str, Any]:
     pairs = [pair.partition("=") for pair in text.split(",")]
     if not all(separator for _, separator, _ in pairs):

@@ -13,7 +13,7 @@ from transformers import BertConfig, BertModel
 from typer.testing import CliRunner
 
 from spallm_serve.compressor.cli import app
-from tests.tiny_models import save_tiny
+from tests.tiny_models import save_tiny, save_tokenizer
 
 QUICK = ["--samples", "2", "--seqlen", "16", "--estimator-rank", "2"]
 
@@ -120,11 +120,17 @@ def test_weights_that_are_not_finite_are_named(copy: Path, tmp_path: Path, poiso
     assert name in refused(tmp_path / "out", copy, *QUICK)
 
 
-def test_calibration_text(source: Path, tmp_path: Path) -> None:
+def test_calibration_text(copy: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert "no such file" in refused(output, source, "--calibration", tmp_path / "absent.txt") or (
-        "tokenizer" in refused(output, source, "--calibration", tmp_path / "absent.txt")
-    )
+    text = tmp_path / "text.txt"
+    text.write_text("hello world " * 5)
+    assert "tokenizer" in refused(output, copy, "--calibration", text)
+    save_tokenizer(copy)
+    assert "no such file" in refused(output, copy, "--calibration", tmp_path / "absent.txt")
+    assert "shorter than one window" in refused(output, copy, "--calibration", text)
+    text.write_text("")
+    assert "is empty" in refused(output, copy, "--calibration", text)
+    assert not output.exists()
 
 
 def test_groups_that_do_not_divide_a_width(source: Path, tmp_path: Path) -> None:
