@@ -66,12 +66,10 @@ class BenchmarkResults(BaseModel):
 
 def results(records: list[Record]) -> BenchmarkResults:
     """Records with the machine, versions and command line they were made with."""
-    arguments = [Path(sys.argv[0]).name, *sys.argv[1:]]
+    # Where files lie on the machine that measured is nobody else's concern; their names are.
+    command = " ".join(Path(part).name if part.startswith("/") else part for part in sys.argv)
     return BenchmarkResults(
-        machine=_machine(),
-        versions=_versions(),
-        command=" ".join(arguments),
-        records=records,
+        machine=_machine(), versions=_versions(), command=command, records=records
     )
 
 

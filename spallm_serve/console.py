@@ -32,9 +32,9 @@ def quiet_libraries() -> None:
     """Keep progress bars and advice of the libraries out of our own output."""
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    # Bars shown through tqdm; it reads this when it is first imported.
+    os.environ["TQDM_DISABLE"] = "1"
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    # gguf and safetensors loading show bars of their own through tqdm.
-    os.environ["TQDM_DISABLE"] = "1"

@@ -1,0 +1,76 @@
+"""The benchmarks' own code: records, tables, made-up models."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spallm_serve.benchmarks.cli import app
+from spallm_serve.benchmarks.lloyd import lloyd_records
+from spallm_serve.benchmarks.model import write_random_llama
+from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
+from spallm_serve.benchmarks.resume import directory_digest
+from spallm_serve.models import open_source, skeleton
+
+QUALITY = {
+    "bits_per_weight": 3.2, "setting": "bits=3", "kl": 0.2, "kl_standard_error": 0.01,
+    "top1_agreement": 0.8, "perplexity_standard_error": 1.5, "seconds": 12.0,
+}  # fmt: skip
+
+
+def test_results_round_trip_and_hide_where_files_lie(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["/usr/bin/spallm-bench", "quality", "--text", "/a/b/c.txt"])
+    record = Record(
+        bench="quality", case={"method": "SpaLLM", **QUALITY}, metric="perplexity", ours=30
+    )
+    found = results([record])
+    assert found.command == "spallm-bench quality --text c.txt"
+    write_results(found, tmp_path / "deep" / "found.json")
+    again = BenchmarkResults.model_validate_json((tmp_path / "deep" / "found.json").read_text())
+    assert again == found
+
+
+def test_table_has_ours_in_bold_and_most_bits_first(tmp_path: Path) -> None:
+    ours = Record(
+        bench="quality", case={"method": "SpaLLM", **QUALITY}, metric="perplexity", ours=30
+    )
+    peer = Record(
+        bench="quality",
+        case={"method": "Peer", **QUALITY, "bits_per_weight": 4.5},
+        metric="perplexity",
+        peer=40,
+        peer_name="Peer",
+    )
+    write_results(results([ours, peer]), tmp_path / "found.json")
+    printed = CliRunner().invoke(app, ["table", str(tmp_path / "found.json")]).output
+    lines = printed.strip().splitlines()
+    assert lines[2].startswith("| Peer | bits=3 | 4.50 | 40.00 ± 1.5")
+    assert lines[3].startswith("| **SpaLLM** | bits=3 | 3.20 | 30.00 ± 1.5")
+    assert CliRunner().invoke(app, ["table", str(tmp_path / "absent.json")]).exit_code == 2
+
+
+def test_random_llama_is_a_whole_model(tmp_path: Path) -> None:
+    source = open_source(str(write_random_llama(tmp_path / "llama", 1)), tmp_path / "none")
+    model = skeleton(source.config)
+    assert {name for name, _ in model.named_parameters()} == set(source.reader)
+
+
+def test_directory_digest_sees_names_and_bytes(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("one")
+    first = directory_digest(tmp_path)
+    (tmp_path / "a").write_text("two")
+    second = directory_digest(tmp_path)
+    (tmp_path / "a").rename(tmp_path / "b")
+    assert len({first, second, directory_digest(tmp_path)}) == 3
+
+
+def test_lloyd_benchmark_measures_each_number_of_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spallm_serve.benchmarks.lloyd._SIZE", 64)
+    records = lloyd_records()
+    assert [record.case["bits"] for record in records] == [2, 3, 4]
+    assert all(record.ours is not None and record.ours > 0 for record in records)
