@@ -116,9 +116,7 @@ def _comparison(source: Path, text: Path, runs: dict[int, _Run], scale: _Scale) 
 
     windows = file_windows(text, load_tokenizer(source), scale.seqlen, scale.windows)
     original = load_model(source)
-    table = Table(
-        "bits", "bits/weight", "size MiB", "perplexity", "KL nats/token", "seconds", "peak MiB"
-    )
+    table = Table("", "bits/w", "MiB", "perplexity", "KL (nats)", "s", "peak MiB")
     for bits, run in track(runs.items(), description="comparing", transient=True):
         record = finished_record(run.output)
         assert record is not None
@@ -127,7 +125,7 @@ def _comparison(source: Path, text: Path, runs: dict[int, _Run], scale: _Scale) 
             size = f"{record.original_bytes / _MIB:.0f}"
             table.add_row("original", "16", size, str(found.original), "0", "", "")
         table.add_row(
-            str(bits),
+            f"{bits} bits",
             f"{record.bits_per_weight:.3f}",
             f"{_directory_bytes(run.output) / _MIB:.0f}",
             str(found.compressed),
@@ -137,7 +135,7 @@ def _comparison(source: Path, text: Path, runs: dict[int, _Run], scale: _Scale) 
         )
     table.caption = (
         f"{windows.numel():,} tokens of Python's language reference; bits/weight of the compressed "
-        "layers with tables counted; size of all weight files"
+        "layers with tables counted; MiB of all weight files"
     )
     return table
 

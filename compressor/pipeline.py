@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import errno
+import gc
 import math
 import shutil
 from collections.abc import Callable, Iterator
@@ -195,6 +196,8 @@ class _Run:
             self.observer.stage("calibration text", self.settings.seqlen, "tokens")
             tokens = calibration_tokens(self.source, self.settings, self.observer.step)
             self.run.save(TOKENS_FILE, {"tokens": tokens})
+            # A model refers to itself; without this its mapped weights stay for a while.
+            gc.collect()
         return self.run.load(TOKENS_FILE)["tokens"]
 
     def _block_inputs(self, batches: list[Tensor]) -> BlockInputs:
