@@ -27,6 +27,6 @@ def _quality_row(record: Record) -> str:
         f"{value:,.2f} ± {case['perplexity_standard_error']:.2g}",
         f"{case['kl']:.4f} ± {case['kl_standard_error']:.1g}",
         f"{case['top1_agreement']:.3f}",
-        f"{case['seconds']:.0f}",
+        f"{case['seconds']:.0f}" if "seconds" in case else "",
     ]
     return "| " + " | ".join(cells) + " |"
