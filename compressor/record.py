@@ -17,7 +17,8 @@ class LayerRecord(BaseModel):
         rows, columns: shape of the weight.
         bits, groups_per_row: of its sketch.
         nbytes: codes and tables.
-        relative_error: tr(D H D^T) / tr(W H W^T) with D the change of the weight.
+        relative_error: tr(D H D^T) / tr(W H W^T) with W the weight aimed at (the
+            original, corrected for drift) and D what the sketch misses it by.
         damping: share of the mean diagonal that the Hessian was damped with.
         damping_raises: how often it had to be raised.
         unweighted: whether the Hessian could not be factored at all, so that the layer was rounded

@@ -124,7 +124,7 @@ class SketchedRows:
     Attributes:
         codes: uint8 ``[rows, in]``, on the CPU.
         tables: float32 ``[rows, groups, 2**bits]``, on the CPU.
-        error: float64 ``[rows]``, ``diag(D H D^T)`` with D the change of the weight.
+        error: float64 ``[rows]``, ``diag(D H D^T)`` with D what the sketch misses the weight by.
         energy: float64 ``[rows]``, ``diag(W H W^T)``.
     """
 

@@ -102,11 +102,6 @@ def sketch_names(reader: ShardReader) -> list[str]:
     return sorted(name.removesuffix(CODES) for name in reader if name.endswith(CODES))
 
 
-def read_sketch(reader: ShardReader, name: str, columns: int) -> Sketch:
-    """The sketch of the layer ``name``, whose input is ``columns`` wide."""
-    return Sketch(reader.read(name + CODES), reader.read(name + TABLES), columns)
-
-
 def sketch_tensors(name: str, sketch: Sketch) -> dict[str, Tensor]:
     """What a checkpoint holds for the compressed layer ``name``."""
     return {name + CODES: sketch.planes, name + TABLES: sketch.tables}

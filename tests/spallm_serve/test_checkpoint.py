@@ -19,7 +19,6 @@ import spallm_serve.checkpoint as checkpoint
 from spallm_serve.checkpoint import (
     CODES,
     parse_sketch_config,
-    read_sketch,
     read_sketch_config,
     sketch_names,
     sketch_tensors,
@@ -194,7 +193,7 @@ def test_sketch_on_disk_and_back(tmp_path: Path) -> None:
     write_shards(sketch_tensors("a.b", sketch).items(), tmp_path)
     reader = ShardReader(tmp_path)
     assert sketch_names(reader) == ["a.b"]
-    again = read_sketch(reader, "a.b", 13)
+    again = Sketch(reader.read("a.b.codes"), reader.read("a.b.tables"), 13)
     assert torch.equal(again.codes, codes)
     assert torch.equal(again.tables, sketch.tables)
 
