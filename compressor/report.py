@@ -129,8 +129,8 @@ def _error_section(record: CompressionRecord) -> Section:
     lines = _errors_by_kind(record.layers)
     text = [
         "The relative error of a layer is tr(D H Dᵀ) / tr(W H Wᵀ): W is the weight aimed at, D "
-        "what the sketch misses it by and H the Hessian of the layer's inputs. It is the energy of the output's error as a "
-        "share of the output's energy."
+        "what the sketch misses it by and H the Hessian of the layer's inputs. It is the energy "
+        "of the output's error as a share of the output's energy."
     ]
     if record.refine_losses:
         text.append("It was measured before the distillation, which changed the tables again.")
