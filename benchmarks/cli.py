@@ -42,7 +42,8 @@ def quality(
         typer.Option(help="Settings of ours, e.g. bits=2,refine_steps=60; may be repeated."),
     ] = None,
     peers: Annotated[
-        str, typer.Option(help="Comma-separated modules of benchmarks/peers, 'all' or 'none'.")
+        str,
+        typer.Option(help="'all', 'none', or of benchmarks/peers MODULE or MODULE:SETTING,..."),
     ] = "all",
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 64,
     samples: Annotated[int, typer.Option(help="Windows of 512 tokens to compress on.")] = 128,
@@ -54,17 +55,13 @@ def quality(
     with _measuring(scratch) as folder:
         from spallm_serve.benchmarks import quality as bench
 
-        chosen = {"all": bench.PEERS, "none": ()}.get(peers, tuple(peers.split(",")))
-        unknown = [name for name in chosen if name not in bench.PEERS]
-        if unknown:
-            raise UserError(f"--peers {unknown[0]!r}: expected some of {', '.join(bench.PEERS)}")
         variants = [_variant(text) for text in variant or ("bits=4", "bits=3", "bits=2")]
         records = bench.quality_records(
             _model_dir(model, folder),
             calibration,
             text,
             variants,
-            chosen,
+            bench.chosen_peers(peers),
             folder,
             windows=windows,
             samples=samples,

@@ -7,8 +7,10 @@ import importlib
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import torch
 from rich.console import Console
 from torch import Tensor, nn
 
@@ -17,6 +19,7 @@ from spallm_serve.compressor.observer import SilentObserver
 from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.settings import parse_settings
 from spallm_serve.data import file_windows
+from spallm_serve.errors import UserError
 from spallm_serve.evaluation import Comparison, compare
 from spallm_serve.models import load_model, load_tokenizer
 
@@ -24,12 +27,28 @@ PEERS = ("round_to_nearest", "kmeans", "nf4", "hqq_peer", "llamacpp", "gptqmodel
 SEQLEN = 512
 
 
+def chosen_peers(text: str) -> list[tuple[str, str]]:
+    """(module, setting) pairs from ``all``, ``none`` or a list of ``MODULE[:SETTING]``.
+
+    Raises:
+        UserError: no such module.
+    """
+    chosen: list[tuple[str, str]] = []
+    for part in {"all": PEERS, "none": ()}.get(text, tuple(text.split(","))):
+        module, _, setting = part.partition(":")
+        if module not in PEERS:
+            raise UserError(f"--peers {part!r}: expected some of {', '.join(PEERS)}")
+        settings = importlib.import_module(f"spallm_serve.benchmarks.peers.{module}").SETTINGS
+        chosen += [(module, one) for one in ((setting,) if setting else settings)]
+    return chosen
+
+
 def quality_records(
     model_dir: Path,
     calibration: Path,
     text: Path,
     variants: list[dict[str, Any]],
-    peers: tuple[str, ...],
+    peers: list[tuple[str, str]],
     scratch: Path,
     *,
     windows: int,
@@ -45,7 +64,7 @@ def quality_records(
         calibration: text to compress on; the peers get the same windows.
         text: text to judge on.
         variants: settings of ours beside ``bits`` defaults.
-        peers: modules of ``benchmarks.peers``.
+        peers: modules of ``benchmarks.peers`` and their settings.
         scratch: for models.
         windows: windows of ``text`` to judge on.
         samples: windows of ``calibration``.
@@ -54,7 +73,7 @@ def quality_records(
     tokenizer = load_tokenizer(model_dir)
     judged_on = file_windows(text, tokenizer, SEQLEN, windows)
     tokens = file_windows(calibration, tokenizer, SEQLEN, samples)
-    original = load_model(model_dir)
+    original = RememberedLogits(load_model(model_dir), judged_on, scratch / "original-logits")
 
     def judge(name: str, setting: str, bits: float, seconds: float, model: nn.Module) -> Record:
         found = compare(original, model, judged_on)
@@ -75,13 +94,39 @@ def quality_records(
         setting = ", ".join(f"{key}={value}" for key, value in variant.items())
         yield judge("SpaLLM", setting, record.bits_per_weight, seconds, load_model(output))
         gc.collect()
-    for name in peers:
+    for name, setting in peers:
         peer = importlib.import_module(f"spallm_serve.benchmarks.peers.{name}")
-        for setting in peer.SETTINGS:
-            result = peer.compress(model_dir, tokens, setting, scratch)
-            yield judge(result.name, setting, result.bits_per_weight, result.seconds, result.model)
-            del result
-            gc.collect()
+        result = peer.compress(model_dir, tokens, setting, scratch)
+        yield judge(result.name, setting, result.bits_per_weight, result.seconds, result.model)
+        del result
+        gc.collect()
+
+
+class RememberedLogits(nn.Module):
+    """A model run once on some windows; from then on it answers for them out of a mapped file.
+
+    Args:
+        model: a causal LM.
+        windows: token ids, int64 ``[windows, seqlen]``.
+        path: the file, of float32 ``[windows, seqlen, vocabulary]``.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: nn.Module, windows: Tensor, path: Path) -> None:
+        super().__init__()
+        self._position = {tuple(window): at for at, window in enumerate(windows.tolist())}
+        for at, window in enumerate(windows.split(1)):
+            logits = model(input_ids=window, use_cache=False).logits[0].float()
+            if at == 0:
+                size = len(windows) * logits.numel()
+                mapped = torch.from_file(str(path), shared=True, size=size)
+                self._logits = mapped.view(len(windows), *logits.shape)
+            self._logits[at] = logits
+
+    def forward(self, input_ids: Tensor, use_cache: bool) -> SimpleNamespace:
+        """The logits of one of the windows, ``[1, seqlen, vocabulary]``."""
+        at = self._position[tuple(input_ids[0].tolist())]
+        return SimpleNamespace(logits=self._logits[at : at + 1])
 
 
 def _record(

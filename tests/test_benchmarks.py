@@ -6,14 +6,20 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from spallm_serve.benchmarks.cli import app
 from spallm_serve.benchmarks.lloyd import lloyd_records
 from spallm_serve.benchmarks.model import write_random_llama
+from spallm_serve.benchmarks.quality import RememberedLogits, chosen_peers
 from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
 from spallm_serve.benchmarks.resume import directory_digest
+from spallm_serve.errors import UserError
+from spallm_serve.evaluation import compare
 from spallm_serve.models import open_source, skeleton
+from tests.tiny_models import CONFIGS
 
 QUALITY = {
     "bits_per_weight": 3.2, "setting": "bits=3", "kl": 0.2, "kl_standard_error": 0.01,
@@ -74,3 +80,27 @@ def test_lloyd_benchmark_measures_each_number_of_bits(monkeypatch: pytest.Monkey
     records = lloyd_records()
     assert [record.case["bits"] for record in records] == [2, 3, 4]
     assert all(record.ours is not None and record.ours > 0 for record in records)
+
+
+def test_remembered_logits_judge_as_the_model_does(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    first, second = (AutoModelForCausalLM.from_config(CONFIGS["llama"]).eval() for _ in "ab")
+    windows = torch.randint(3, 131, (5, 16))
+    remembered = RememberedLogits(first, windows, tmp_path / "logits")
+    wanted = compare(first, second, windows)
+    assert compare(remembered, second, windows) == wanted
+    assert compare(remembered, second, windows.flip(0)).divergence.value == pytest.approx(
+        wanted.divergence.value
+    )
+
+
+def test_peers_are_chosen_by_module_and_setting() -> None:
+    assert chosen_peers("none") == []
+    assert chosen_peers("nf4:x,round_to_nearest:2bit-row") == [
+        ("nf4", "x"),
+        ("round_to_nearest", "2bit-row"),
+    ]
+    assert len(chosen_peers("kmeans")) == 3
+    assert len(chosen_peers("all")) > 10
+    with pytest.raises(UserError, match="gptq:4bit"):
+        chosen_peers("nf4,gptq:4bit")

@@ -19,14 +19,7 @@ from torch import nn
 from .interface import PeerResult
 from .support import Measured, block_linears, load_model, replace_weight, require
 
-SETTINGS: tuple[str, ...] = (
-    "4bit-g64",
-    "4bit-g64-asym",
-    "3bit-g64",
-    "3bit-g64-asym",
-    "2bit-g64",
-    "2bit-g64-asym",
-)
+SETTINGS: tuple[str, ...] = ("4bit-g64", "3bit-g64", "2bit-g64")
 
 
 def _stored_bits(layer: nn.Module, group: int) -> int:

@@ -14,17 +14,7 @@ import torch
 from .interface import PeerResult
 from .support import Measured, bits_and_group, block_linears, load_model, replace_weight
 
-SETTINGS: tuple[str, ...] = (
-    "4bit-g64",
-    "4bit-g128",
-    "4bit-row",
-    "3bit-g64",
-    "3bit-g128",
-    "3bit-row",
-    "2bit-g64",
-    "2bit-g128",
-    "2bit-row",
-)
+SETTINGS: tuple[str, ...] = ("4bit-g64", "4bit-row", "3bit-g64", "2bit-g64")
 
 _SCALE_BITS = 16
 
