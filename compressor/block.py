@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from spallm_serve.checkpoint import LayerFormat
 from spallm_serve.compressor.block_walk import BlockWalk
-from spallm_serve.compressor.drift import DriftAccumulator
+from spallm_serve.compressor.drift import DriftAccumulator, corrected_weights
+from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.hessian import HessianAccumulator, settle_dead_columns
 from spallm_serve.compressor.plan import PlannedLayer
 from spallm_serve.compressor.record import LayerRecord, TableSample, layer_record
@@ -109,7 +110,7 @@ def compress_block(
         for chosen, same in _by_format(group.names, prefix, planned).items():
             # One tall matrix: rows do not know of each other, and columns are walked once for all.
             tall = sketch_rows(
-                torch.cat([targets[name] for name in same]), shared, chosen, settings
+                torch.cat([targets.pop(name) for name in same]), shared, chosen, settings
             )
             stop = 0
             for name in same:
@@ -170,8 +171,7 @@ def _observed_groups(
                 BlockWalk(pair.original, pair.original_inputs, pair.index, stops)
             )
         for group in groups:
-            weights = {name: pair.weight(name) for name in group.names}
-            yield group, *_observe(walk, original, weights, settings)
+            yield group, *_observe(walk, original, group.names, pair, settings)
         walk.finish()
         if original is not None:
             original.finish()
@@ -198,23 +198,28 @@ def install_sketches(block: nn.Module, prefix: str, sketches: dict[str, Sketch])
 def _observe(
     walk: BlockWalk,
     original: BlockWalk | None,
-    weights: dict[str, Tensor],
+    names: list[str],
+    pair: BlockPair,
     settings: CompressSettings,
 ) -> tuple[Curvature, dict[str, Tensor]]:
     """The curvature of the inputs that some linears share, and the weights to aim at."""
-    stop = next(iter(weights))
+    weights = {name: pair.weight(name) for name in names}
+    stop = names[0]
     columns, device = weights[stop].shape[1], weights[stop].device
+    return_freed_memory()
     accumulator = HessianAccumulator(columns, device)
-    drift = None if original is None else DriftAccumulator(columns, device)
-    originals = iter(()) if original is None else original.inputs_at(stop)
-    for current in walk.inputs_at(stop):
-        accumulator.add(current)
-        wanted = next(originals, None)
-        if drift is not None and wanted is not None:
+    currents = walk.inputs_at(stop)
+    if original is not None:
+        drift = DriftAccumulator(columns, device)
+        for wanted, current in zip(original.inputs_at(stop), currents, strict=False):
             drift.add(wanted, current)
-    if drift is not None:
-        weights = drift.correct(weights, settings.damping)
+            accumulator.add(current)
+        # Now, while the Hessian is that of the tokens the drift was seen on.
+        weights = corrected_weights(weights, drift.finish(), accumulator.mean(), settings.damping)
         del drift
+    for current in currents:
+        accumulator.add(current)
+    return_freed_memory()
     hessian = accumulator.finish()
     dead = settle_dead_columns(hessian)
     for weight in weights.values():

@@ -13,52 +13,60 @@ import torch
 from torch import Tensor
 
 from spallm_serve.compressor.hessian import (
-    HessianAccumulator,
-    damped_factor,
+    ACCUMULATED_TOKENS,
+    damped_cholesky,
     settle_dead_columns,
 )
 
 
 class DriftAccumulator:
-    """Sums the drift of inputs that some linears share, and their Hessian on the same tokens.
-
-    The Hessian must be of exactly these tokens. A token with a massive activation that weighs more
-    in P than in H would be corrected too far, and each block after it further still.
-    """
+    """Sums the drift of inputs that some linears share."""
 
     def __init__(self, columns: int, device: torch.device | None = None) -> None:
         self._cross = torch.zeros(columns, columns, dtype=torch.float32, device=device)
-        self._hessian = HessianAccumulator(columns, device)
         self._tokens = 0
 
     def add(self, original: Tensor, compressed: Tensor) -> None:
         """Add the two models' inputs ``[..., columns]`` for the same tokens."""
-        current = compressed.reshape(-1, compressed.shape[-1]).float()
-        drift = original.reshape(current.shape).float() - current
-        self._cross.addmm_(drift.T, current)
-        self._hessian.add(current)
-        self._tokens += current.shape[0]
+        width = compressed.shape[-1]
+        pairs = (
+            tensor.reshape(-1, width).split(ACCUMULATED_TOKENS) for tensor in (original, compressed)
+        )
+        for wanted, given in zip(*pairs, strict=True):
+            current = given.float()
+            self._cross.addmm_((wanted.float() - current).T, current)
+            self._tokens += current.shape[0]
 
-    def correct(self, weights: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
-        """The weights to aim at.
+    def finish(self) -> Tensor:
+        """P, float32 ``[columns, columns]``; nothing may be added afterwards."""
+        return self._cross.mul_(2.0 / max(self._tokens, 1))
 
-        Args:
-            weights: float32 ``[out, columns]`` each.
-            damping: share of the mean diagonal added to the Hessian, as a ridge.
 
-        Returns:
-            by the same names; the weights themselves where the Hessian could not be factored.
-        """
-        cross = self._cross.mul_(2.0 / max(self._tokens, 1))
-        projected = {name: weight @ cross for name, weight in weights.items()}
-        del self._cross, cross
-        hessian = self._hessian.finish()
-        settle_dead_columns(hessian)
-        identity = torch.arange(hessian.shape[0], device=hessian.device)
-        upper = damped_factor(hessian, identity, damping).upper
-        if upper is None:
-            return weights
-        return {
-            name: weight + (projected.pop(name) @ upper.T) @ upper
-            for name, weight in weights.items()
-        }
+def corrected_weights(
+    weights: dict[str, Tensor], drift: Tensor, hessian: Tensor, damping: float
+) -> dict[str, Tensor]:
+    """The weights to aim at.
+
+    The Hessian must be of exactly the tokens that the drift was seen on. A token with a massive
+    activation that weighs more in P than in H would be corrected too far, and each block after it
+    further still.
+
+    Args:
+        weights: float32 ``[out, columns]`` each.
+        drift: float32 ``[columns, columns]``, P.
+        hessian: float32 ``[columns, columns]`` of the compressed model's inputs; its dead columns
+            are settled in place.
+        damping: share of the mean diagonal added to the Hessian, as a ridge.
+
+    Returns:
+        by the same names; the weights themselves where the Hessian could not be factored.
+    """
+    settle_dead_columns(hessian)
+    identity = torch.arange(hessian.shape[0], device=hessian.device)
+    lower, _, _ = damped_cholesky(hessian, identity, damping)
+    if lower is None:
+        return weights
+    return {
+        name: weight + torch.cholesky_solve((weight @ drift).T, lower).T
+        for name, weight in weights.items()
+    }

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 
 MAX_DAMPING_RAISES = 6
+# Activations are made float32 so many tokens at a time.
+ACCUMULATED_TOKENS = 512
 
 
 class HessianAccumulator:
@@ -19,9 +21,14 @@ class HessianAccumulator:
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs ``[..., columns]``."""
-        flat = inputs.reshape(-1, inputs.shape[-1]).float()
-        self._sum.addmm_(flat.T, flat)
-        self._tokens += flat.shape[0]
+        for part in inputs.reshape(-1, inputs.shape[-1]).split(ACCUMULATED_TOKENS):
+            flat = part.float()
+            self._sum.addmm_(flat.T, flat)
+            self._tokens += flat.shape[0]
+
+    def mean(self) -> Tensor:
+        """The Hessian of what was added so far, float32 ``[columns, columns]``, a copy."""
+        return self._sum * (2.0 / max(self._tokens, 1))
 
     def finish(self) -> Tensor:
         """float32 ``[columns, columns]``; nothing may be added afterwards."""
@@ -71,18 +78,29 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
         damping: share of the mean diagonal.
     """
     reverse = order.flip(0)
+    lower, share, raises = damped_cholesky(hessian, reverse, damping)
+    if lower is None:
+        return DampedFactor(None, share, raises)
+    inverse = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
+    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
+    del lower
+    return DampedFactor(inverse.flip(0, 1), share, raises)
+
+
+def damped_cholesky(
+    hessian: Tensor, order: Tensor, damping: float
+) -> tuple[Tensor | None, float, int]:
+    """Lower Cholesky factor of the damped Hessian, rows and columns in ``order``; the damping it
+    took and how often that was raised (see :func:`damped_factor`). None where every try failed."""
     mean = hessian.diagonal().mean()
     share = damping
     for raises in range(MAX_DAMPING_RAISES + 1):
         if raises:
             share = share * 10 if share > 0 else 1e-4
-        lower = hessian[reverse[:, None], reverse[None, :]]
+        lower = hessian[order[:, None], order[None, :]]
         lower.diagonal().add_(share * mean)
         failed = torch.empty((), dtype=torch.int32, device=hessian.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
-            inverse = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
-            torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-            del lower
-            return DampedFactor(inverse.flip(0, 1), share, raises)
-    return DampedFactor(None, share, MAX_DAMPING_RAISES)
+            return lower, share, raises
+    return None, share, MAX_DAMPING_RAISES

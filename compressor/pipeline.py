@@ -25,6 +25,7 @@ from spallm_serve.compressor.block import (
 from spallm_serve.compressor.calibration import calibration_tokens
 from spallm_serve.compressor.embeddings import embedding_hessian, sketch_embedding
 from spallm_serve.compressor.estimate import output_sizes
+from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.hessian import HessianAccumulator
 from spallm_serve.compressor.observer import Observer
 from spallm_serve.compressor.plan import make_plan, with_bits
@@ -198,6 +199,7 @@ class _Run:
             self.run.save(TOKENS_FILE, {"tokens": tokens})
             # A model refers to itself; without this its mapped weights stay for a while.
             gc.collect()
+            return_freed_memory()
         return self.run.load(TOKENS_FILE)["tokens"]
 
     def _block_inputs(self, batches: list[Tensor]) -> BlockInputs:

@@ -14,6 +14,7 @@ from spallm_serve.compressor.rounding import BLOCK_COLUMNS, TransposedTables
 from spallm_serve.kernels.reference import dequantize
 
 _RELATIVE_TOLERANCE = 1e-12
+_CHUNK_WEIGHTS = 1 << 18
 
 
 def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tensor:
@@ -138,5 +139,10 @@ def _bucket_sums(values: Tensor, codes: Tensor, shape: torch.Size) -> Tensor:
     """``P^T v``: per row, group and code the sum of the values with that code, float64."""
     rows, groups, _ = shape
     sums = torch.zeros(shape, dtype=torch.float64, device=values.device)
-    index = codes.view(rows, groups, -1).long()
-    return sums.scatter_add_(2, index, values.view(rows, groups, -1).double())
+    # The index and the float64 values take 16 bytes a weight, so some rows at a time.
+    chunk = max(1, _CHUNK_WEIGHTS // values.shape[1])
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        index = codes[part].reshape(-1, groups, values.shape[1] // groups).long()
+        sums[part].scatter_add_(2, index, values[part].double().view(index.shape))
+    return sums
