@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 MAX_ITERATIONS = 50
+# So many tell which start is the best of a row; only that one is followed to its end.
+_TRIAL_ITERATIONS = 16
 _DENSITY_POINTS = 512
 # Prefix sums take 24 bytes a weight in float64; rows are independent, so they go in chunks.
 _CHUNK_ELEMENTS = 1 << 20
@@ -20,7 +22,8 @@ def lloyd_tables(values: Tensor, weights: Tensor, clusters: int) -> Tensor:
     """Minimise ``sum_j weights[j] * (values[r, j] - table[r, assigned(r, j)])**2`` in every row.
 
     Three starts are tried, evenly spaced values, evenly spaced quantiles and values as dense as the
-    best points should be, and each row keeps the best result. An empty cluster keeps its value.
+    best points should be, and each row goes on with the one that is best after some iterations. An
+    empty cluster keeps its value.
 
     Args:
         values: float32 ``[rows, columns]``.
@@ -50,14 +53,12 @@ def _lloyd_rows(values: Tensor, weights: Tensor, clusters: int) -> Tensor:
         _quantiles(ordered, clusters),
         _companded(ordered, sorted_weights, clusters),
     )
-    best = _iterate(ordered, mass, moment, starts[0])
-    best_gain = _explained(ordered, mass, moment, best)
-    for start in starts[1:]:
-        centers = _iterate(ordered, mass, moment, start)
-        gain = _explained(ordered, mass, moment, centers)
-        best = torch.where((gain > best_gain).unsqueeze(1), centers, best)
-        best_gain = torch.maximum(gain, best_gain)
-    return best
+    tried = torch.stack(
+        [_iterate(ordered, mass, moment, start, _TRIAL_ITERATIONS) for start in starts]
+    )
+    gains = torch.stack([_explained(ordered, mass, moment, centers) for centers in tried])
+    best = tried.gather(0, gains.argmax(0)[None, :, None].expand(1, -1, clusters)).squeeze(0)
+    return _iterate(ordered, mass, moment, best, MAX_ITERATIONS)
 
 
 def _evenly_spaced(ordered: Tensor, clusters: int) -> Tensor:
@@ -84,8 +85,10 @@ def _companded(ordered: Tensor, sorted_weights: Tensor, clusters: int) -> Tensor
     return ordered.gather(1, position.clamp(max=ordered.shape[1] - 1))
 
 
-def _iterate(ordered: Tensor, mass: Tensor, moment: Tensor, centers: Tensor) -> Tensor:
-    for _ in range(MAX_ITERATIONS):
+def _iterate(
+    ordered: Tensor, mass: Tensor, moment: Tensor, centers: Tensor, iterations: int
+) -> Tensor:
+    for _ in range(iterations):
         cluster_mass, cluster_moment = _cluster_sums(ordered, mass, moment, centers)
         means = (cluster_moment / cluster_mass).to(centers.dtype)
         # A cluster with next to no weight may lose its mean to cancellation.
