@@ -1,8 +1,11 @@
-"""Codes and tables to weights in plain torch: the oracle that every backend is tested against."""
+"""Codes and tables in plain torch: the oracle that every backend is tested against."""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
+
+from spallm_serve.kernels.packing import unpack_codes
 
 
 def dequantize(codes: Tensor, tables: Tensor) -> Tensor:
@@ -22,3 +25,61 @@ def dequantize(codes: Tensor, tables: Tensor) -> Tensor:
     groups = tables.shape[1]
     index = codes.view(rows, groups, columns // groups).long()
     return tables.gather(2, index).view(rows, columns)
+
+
+def lut_linear(
+    x: Tensor, planes: Tensor, tables: Tensor, slots: Tensor | None, bias: Tensor | None
+) -> Tensor:
+    """Multiply each token by the weight that the codes and its slot's tables stand for.
+
+    Args:
+        x: floating point ``[tokens, in]``.
+        planes: uint8 ``[bits, out, ceil(in / 8)]``, the codes as bit-planes.
+        tables: floating point ``[n_slots, out, groups, 2**bits]``.
+        slots: int32 ``[tokens]``; None is slot 0 for all.
+        bias: floating point ``[out]``, or None.
+
+    Returns:
+        ``[tokens, out]`` in the dtype of ``x``.
+    """
+    codes = unpack_codes(planes, x.shape[1])
+    y = x.new_zeros(x.shape[0], codes.shape[0])
+    for slot, tokens in slot_runs(slots, x.shape[0]):
+        y[tokens] = x[tokens] @ dequantize(codes, tables[slot].to(x.dtype)).T
+    return y if bias is None else y + bias.to(x.dtype)
+
+
+def lut_linear_backward(
+    dy: Tensor, x: Tensor, planes: Tensor, tables: Tensor, slots: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Gradients of :func:`lut_linear` by its activations and its tables.
+
+    ``dtables[s, r, g, k]`` sums ``dy[t, r] x[t, j]`` over the tokens t of slot s and the columns j
+    of group g with code k.
+
+    Args:
+        dy: ``[tokens, out]``.
+        x, planes, tables, slots: as the forward pass had them.
+
+    Returns:
+        dx in the dtype of ``x`` and dtables, float32, in the shapes of both.
+    """
+    codes = unpack_codes(planes, x.shape[1])
+    rows, (_, _, groups, entries) = codes.shape[0], tables.shape
+    index = codes.view(rows, groups, -1).long()
+    dx = torch.zeros_like(x)
+    dtables = torch.zeros(tables.shape, dtype=torch.float32, device=x.device)
+    for slot, tokens in slot_runs(slots, x.shape[0]):
+        dx[tokens] = dy[tokens] @ dequantize(codes, tables[slot].to(x.dtype))
+        dweight = (dy[tokens].T @ x[tokens]).float().view(rows, groups, -1)
+        dtables[slot] = dweight.new_zeros(rows, groups, entries).scatter_add_(2, index, dweight)
+    return dx, dtables
+
+
+def slot_runs(slots: Tensor | None, tokens: int) -> list[tuple[int, Tensor | slice]]:
+    """Each slot that occurs and the tokens it has, in the slots' order."""
+    if slots is None:
+        return [(0, slice(None))] if tokens else []
+    order = slots.argsort(stable=True)
+    present, counts = torch.unique_consecutive(slots[order], return_counts=True)
+    return list(zip(present.tolist(), order.split(counts.tolist()), strict=True))

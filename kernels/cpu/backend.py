@@ -1,0 +1,235 @@
+"""The native CPU backend: few tokens multiply straight from the codes, many go to the BLAS.
+
+A run of many tokens of one slot is limited by arithmetic, where nothing beats the BLAS: the weight
+is decoded tile by tile, each tile multiplied while it is in the cache. Everything else reads the
+codes once for all tokens, whatever their slots.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from spallm_serve.kernels.arguments import check_slots_in_range, slot_error
+from spallm_serve.kernels.backend import Request
+from spallm_serve.kernels.cpu.layout import read_header, row_bytes, to_cpu_layout
+from spallm_serve.kernels.cpu.library import LEVELS, NativeLibraryError, best_level, library
+from spallm_serve.kernels.reference import slot_runs
+
+_TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_OTHER_CODES = -2  # what the kernels answer where the header says something else
+# Tokens of one slot from which decoding for the BLAS pays.
+BLAS_TOKENS = 48
+# Weights decoded at a time.
+TILE_WEIGHTS = 1 << 20
+
+
+class CpuBackend:
+    """C++ kernels at one level of instructions.
+
+    Args:
+        level: one of :data:`LEVELS`; None for the best that the processor has.
+    """
+
+    def __init__(self, level: str | None = None) -> None:
+        self.name = "cpu" if level is None else f"cpu-{level}"
+        self._forced = None if level is None else LEVELS.index(level)
+
+    @property
+    def level(self) -> int:
+        """Position of the instructions used in :data:`LEVELS`."""
+        return best_level() if self._forced is None else self._forced
+
+    def why_not(self, request: Request) -> str | None:
+        """CPU tensors of the usual types, where the library is there."""
+        if request.device != "cpu":
+            return f"the tensors are on {request.device}"
+        if request.dtype not in _TYPES:
+            return f"no kernel for {request.dtype}"
+        try:
+            best = best_level()
+        except NativeLibraryError as error:
+            return str(error)
+        if self._forced is not None and self._forced > best:
+            return f"this processor has no {LEVELS[self._forced]}"
+        return None
+
+    def prepare(self, planes: Tensor, columns: int, groups: int) -> Tensor:
+        """See :func:`to_cpu_layout`."""
+        return to_cpu_layout(planes, columns, groups)
+
+    def owns(self, codes: Tensor) -> bool:
+        """Bytes in rows."""
+        return codes.dim() == 2 and codes.dtype == torch.uint8
+
+    def rows(self, codes: Tensor) -> int:
+        """The first dimension, less the header."""
+        return codes.shape[0] - 1
+
+    def check(self, codes: Tensor, columns: int, groups: int, bits: int) -> None:
+        """Refuse codes of another width, or where the kernels could not read them.
+
+        Raises:
+            ValueError: what was expected and what came.
+        """
+        wanted = row_bytes(columns, groups, bits)
+        if codes.shape[1] != wanted or not codes.is_contiguous():
+            raise ValueError(
+                f"codes: expected contiguous rows of {wanted} bytes for {bits} bits (the tables "
+                f"have {1 << bits} entries), {columns} columns and {groups} groups, got "
+                f"{list(codes.shape)} with strides {codes.stride()}"
+            )
+        # What is in the rows is looked at by the kernels themselves: here it would take as long as
+        # a small layer's product.
+
+    def lut_linear(
+        self, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, bias: Tensor | None
+    ) -> Tensor:
+        """``[tokens, out]`` in the dtype of ``x``.
+
+        Raises:
+            ValueError: a slot without tables; an unsupported dtype.
+        """
+        _check_types(x, tables, bias)
+        y = x.new_empty(x.shape[0], self.rows(codes))
+        if x.shape[0] < BLAS_TOKENS:
+            self._multiply(x, codes, tables, slots, bias, y)
+            return y
+        check_slots_in_range(slots, tables.shape[0])
+        rest: list[Tensor] = []
+        for slot, tokens in slot_runs(slots, x.shape[0]):
+            if isinstance(tokens, Tensor) and len(tokens) < BLAS_TOKENS:
+                rest.append(tokens)
+            else:
+                self._multiply_by_tiles(x, codes, tables[slot], bias, y, tokens)
+        if rest:
+            assert slots is not None
+            few = torch.cat(rest)
+            given = x.new_empty(len(few), y.shape[1])
+            self._multiply(x[few], codes, tables, slots[few], bias, given)
+            y[few] = given
+        return y
+
+    def backward(
+        self, dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """dx in the dtype of ``x`` and dtables, float32; no dense gradient of a weight is made."""
+        dx = torch.zeros(x.shape, dtype=torch.float32)
+        dtables = torch.zeros(tables.shape, dtype=torch.float32)
+        for slot, tokens in slot_runs(slots, x.shape[0]):
+            theirs, activations = dy[tokens], x[tokens]
+            gathered = torch.zeros(activations.shape, dtype=torch.float32)
+            for rows, weight in self._tiles(codes, tables[slot], x):
+                part = theirs[:, rows]
+                gathered += part @ weight
+                self._bucket_sums(codes, rows, part.T @ activations, dtables[slot, rows])
+            dx[tokens] = gathered
+        return dx.to(x.dtype), dtables
+
+    def _multiply(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        tables: Tensor,
+        slots: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        rows, groups, entries = tables.shape[1:]
+        refused = library().spallm_lut_linear(
+            codes.data_ptr(),
+            rows,
+            x.shape[1],
+            groups,
+            entries.bit_length() - 1,
+            tables.data_ptr(),
+            _TYPES[tables.dtype],
+            tables.shape[0],
+            x.data_ptr(),
+            _TYPES[x.dtype],
+            x.shape[0],
+            None if slots is None else slots.data_ptr(),
+            None if bias is None else bias.data_ptr(),
+            0 if bias is None else _TYPES[bias.dtype],
+            y.data_ptr(),
+            self.level,
+        )
+        if refused == _OTHER_CODES:
+            raise _other_codes(codes, x, tables)
+        if refused >= 0:
+            assert slots is not None
+            raise slot_error(slots, refused, tables.shape[0])
+
+    def _multiply_by_tiles(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        tables: Tensor,
+        bias: Tensor | None,
+        y: Tensor,
+        tokens: Tensor | slice,
+    ) -> None:
+        theirs = x[tokens]
+        for rows, weight in self._tiles(codes, tables, x):
+            part = theirs @ weight.T
+            y[tokens, rows] = part if bias is None else part + bias[rows].to(part.dtype)
+
+    def _tiles(self, codes: Tensor, tables: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their weight in the dtype of x; one slot's tables ``[out, groups, entries]``.
+
+        A tile is valid until the next one: they share their memory.
+        """
+        count, columns = self.rows(codes), x.shape[1]
+        groups, entries = tables.shape[1:]
+        if read_header(codes) != (count, columns, groups, entries.bit_length() - 1):
+            raise _other_codes(codes, x, tables)
+        height = max(1, min(TILE_WEIGHTS // max(columns, 1), count))
+        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
+        tile = torch.empty(height, columns, dtype=dtype)
+        for start in range(0, count, height):
+            rows = slice(start, min(start + height, count))
+            weight = tile[: rows.stop - start]
+            library().spallm_decode(
+                *_rows_arguments(codes, rows, columns, tables),
+                tables[rows].data_ptr(),
+                _TYPES[tables.dtype],
+                weight.data_ptr(),
+                _TYPES[dtype],
+                self.level,
+            )
+            yield rows, weight.to(x.dtype)
+
+    def _bucket_sums(self, codes: Tensor, rows: slice, values: Tensor, sums: Tensor) -> None:
+        """Add the sums of some rows' values by code to ``sums``, ``[rows, groups, entries]``."""
+        values = values.float().contiguous()
+        library().spallm_bucket_sums(
+            *_rows_arguments(codes, rows, values.shape[1], sums),
+            values.data_ptr(),
+            sums.data_ptr(),
+            self.level,
+        )
+
+
+def _rows_arguments(
+    codes: Tensor, rows: slice, columns: int, tables: Tensor
+) -> tuple[int, int, int, int, int]:
+    groups, entries = tables.shape[-2:]
+    first = codes[1 + rows.start].data_ptr()
+    return first, rows.stop - rows.start, columns, groups, entries.bit_length() - 1
+
+
+def _other_codes(codes: Tensor, x: Tensor, tables: Tensor) -> ValueError:
+    rows, columns, groups, bits = read_header(codes)
+    return ValueError(
+        f"codes: are of {bits} bits, {rows} rows, {columns} columns and {groups} groups; expected "
+        f"those of tables {list(tables.shape)} and of x's {x.shape[1]} columns"
+    )
+
+
+def _check_types(x: Tensor, tables: Tensor, bias: Tensor | None) -> None:
+    for name, tensor in (("x", x), ("tables", tables), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in _TYPES:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
+            raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")

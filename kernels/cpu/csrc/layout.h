@@ -1,0 +1,120 @@
+// The layout that the CPU kernels read codes in, and what all instruction sets share.
+//
+// A row's columns are cut into groups with a table each, a group into steps of 32 columns. Lane l of
+// step s is column 32 s + l of its group. Codes lie in chunks of 64 bytes:
+//   3 and 4 bits  a chunk is 32 words of 16 bits, one a lane. The words that a lane has in
+//                 successive chunks are one stream of bits, its codes in step order from the lowest.
+//   2 bits        a chunk is 16 words of 32 bits. The nibble s of word d holds the codes of columns
+//                 2 d (low half) and 2 d + 1 (high half) of step s: a pair of weights is one look-up.
+// Groups start on chunks of their own. Columns that pad a group's last step repeat its last code.
+// In front of the first row lies one that says what the codes are (Header).
+
+#pragma once
+
+#include <cstdint>
+
+namespace spallm {
+
+constexpr int64_t kStep = 32;
+constexpr int64_t kChunk = 64;
+constexpr int kMaxTokens = 8;  // of one slot that one pass over a row serves
+constexpr int kMaxSlots = 4;   // of different slots: their tables take registers too
+constexpr int kMaxRows = 2;    // that one load of activations serves
+
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+
+struct Layout {
+  int64_t rows, columns, groups;
+  int32_t bits;
+
+  int64_t entries() const { return int64_t{1} << bits; }
+  int64_t width() const { return columns / groups; }
+  int64_t steps() const { return (width() + kStep - 1) / kStep; }
+  int64_t chunks() const {
+    return bits == 2 ? (steps() + 7) / 8 : (bits * steps() + 15) / 16;
+  }
+  int64_t row_bytes() const { return groups * chunks() * kChunk; }
+  // Width of a row whose groups are filled up to whole steps.
+  int64_t padded() const { return groups * steps() * kStep; }
+  bool is_padded() const { return width() % kStep != 0; }
+};
+
+// The start of the row in front of the first.
+struct Header {
+  int64_t rows, columns, groups, bits;
+
+  bool fits(const Layout& layout) const {
+    return rows == layout.rows && columns == layout.columns && groups == layout.groups &&
+           bits == layout.bits;
+  }
+};
+
+// Up to kMaxTokens tokens that one pass over a row's codes serves.
+struct Batch {
+  int32_t count;
+  bool one_slot;                  // all of tables[] are the same
+  int64_t token[kMaxTokens];      // rows of x and y
+  const char* tables[kMaxTokens]; // of each token's slot: its first row
+};
+
+// What an instruction set offers. Rows of codes start on 64 bytes where the caller's buffer does.
+struct Kernels {
+  const char* name;
+
+  // products[r * kMaxTokens + t] of one or two successive rows with a batch of bfloat16 tokens; null
+  // where there is no bfloat16 arithmetic.
+  //   tables: for each token the first row's tables in `type`; x: for each token its padded row.
+  void (*dot_bfloat16)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                       const char* const* tables, Type type, const uint16_t* const* x,
+                       float* products);
+
+  // The weights of one row from its float32 tables. Group g starts at out + g * group_stride; where
+  // that is the bare width, nothing is written beyond it.
+  void (*decode_float32)(const Layout& layout, const uint8_t* codes, const float* tables, float* out,
+                         int64_t group_stride);
+  void (*decode_bfloat16)(const Layout& layout, const uint8_t* codes, const float* tables,
+                          uint16_t* out, int64_t group_stride);
+
+  float (*dot_float32)(const float* a, const float* b, int64_t count);
+
+  // sums[g, k] = sum of values[j] over the columns j of group g with code k; overwrites.
+  void (*bucket_sums)(const Layout& layout, const uint8_t* codes, const float* values, float* sums);
+};
+
+extern const Kernels kScalar;
+extern const Kernels kAvx2;
+extern const Kernels kAvx512;
+
+// Rounds to nearest, ties to even; NaN stays NaN.
+inline uint16_t to_bfloat16(float value) {
+  uint32_t word;
+  __builtin_memcpy(&word, &value, sizeof word);
+  if ((word & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((word >> 16) | 0x40);
+  return static_cast<uint16_t>((word + 0x7fffu + ((word >> 16) & 1u)) >> 16);
+}
+
+inline float from_bfloat16(uint16_t half) {
+  const uint32_t word = static_cast<uint32_t>(half) << 16;
+  float value;
+  __builtin_memcpy(&value, &word, sizeof value);
+  return value;
+}
+
+// The code of a column of a group, whatever its place in the layout.
+inline uint32_t code_at(const Layout& layout, const uint8_t* group_codes, int64_t column) {
+  const int64_t step = column / kStep, lane = column % kStep;
+  if (layout.bits == 2) {
+    uint32_t word;
+    __builtin_memcpy(&word, group_codes + (step / 8) * kChunk + (lane / 2) * 4, sizeof word);
+    return (word >> (4 * (step % 8) + 2 * (lane % 2))) & 3u;
+  }
+  const int64_t bit = layout.bits * step;
+  uint16_t low, high = 0;
+  const uint8_t* at = group_codes + (bit / 16) * kChunk + lane * 2;
+  __builtin_memcpy(&low, at, sizeof low);
+  if (bit % 16 + layout.bits > 16) __builtin_memcpy(&high, at + kChunk, sizeof high);
+  const uint32_t both = low | (static_cast<uint32_t>(high) << 16);
+  return (both >> (bit % 16)) & ((1u << layout.bits) - 1u);
+}
+
+}  // namespace spallm

@@ -1,0 +1,274 @@
+// The C interface: what Python calls. Arguments are checked there; what would take a pass over data
+// (the range of the slots) is checked here.
+
+#include <omp.h>
+
+#include <algorithm>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <vector>
+
+#include "layout.h"
+#include "numbers.h"
+
+namespace spallm {
+namespace {
+
+// Below so many products a second thread costs more than it saves.
+constexpr int64_t kProductsPerThread = 1 << 19;
+// Rows that are done for one batch of tokens before the next: their codes stay in the first cache.
+constexpr int64_t kRowBlock = 8;
+
+// Memory that grows and is kept, aligned for full cache lines.
+class Scratch {
+ public:
+  char* at_least(size_t bytes) {
+    if (bytes > size_) {
+      size_ = (bytes + 63) / 64 * 64;
+      memory_.reset(static_cast<char*>(std::aligned_alloc(64, size_)));
+    }
+    return memory_.get();
+  }
+
+ private:
+  struct Free {
+    void operator()(char* memory) const { std::free(memory); }
+  };
+  std::unique_ptr<char, Free> memory_;
+  size_t size_ = 0;
+};
+
+const Kernels& kernels(int32_t level) {
+#if defined(__x86_64__)
+  return level == 2 ? kAvx512 : level == 1 ? kAvx2 : kScalar;
+#else
+  (void)level;
+  return kScalar;
+#endif
+}
+
+int threads_for(int64_t products, int64_t row_blocks) {
+  const int64_t wanted = std::min(products / kProductsPerThread + 1, row_blocks);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, omp_get_max_threads())));
+}
+
+// Tokens of one slot go together, up to kMaxTokens of them; those that are alone with theirs share
+// batches of up to kMaxSlots, each with its own tables.
+void make_batches(int64_t tokens, const int32_t* slots, const char* tables, int64_t slot_bytes,
+                  std::vector<int64_t>& order, std::vector<Batch>& batches) {
+  order.resize(tokens);
+  for (int64_t t = 0; t < tokens; ++t) order[t] = t;
+  if (slots != nullptr)
+    std::stable_sort(order.begin(), order.end(),
+                     [=](int64_t a, int64_t b) { return slots[a] < slots[b]; });
+  const auto slot_of = [=](int64_t token) { return slots == nullptr ? 0 : slots[token]; };
+  batches.clear();
+  Batch alone{0, false, {}, {}};
+  for (int64_t start = 0; start < tokens;) {
+    int64_t stop = start + 1;
+    while (stop < tokens && stop - start < kMaxTokens &&
+           slot_of(order[stop]) == slot_of(order[start]))
+      ++stop;
+    Batch together{0, true, {}, {}};
+    Batch& batch = stop - start == 1 ? alone : together;
+    for (; start < stop; ++start) {
+      batch.token[batch.count] = order[start];
+      batch.tables[batch.count++] = tables + slot_of(order[start]) * slot_bytes;
+    }
+    if (together.count > 0) batches.push_back(together);
+    if (alone.count == kMaxSlots || (stop == tokens && alone.count > 0)) {
+      alone.one_slot = alone.count == 1;
+      batches.push_back(alone);
+      alone.count = 0;
+      alone.one_slot = false;
+    }
+  }
+}
+
+// x as the kernels read it: groups filled up with zeros to whole steps, in `to`.
+const char* prepared(const Layout& layout, const char* x, Type from, Type to, int64_t tokens,
+                     Scratch& scratch) {
+  if (from == to && !layout.is_padded()) return x;
+  const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
+  char* out = scratch.at_least(tokens * layout.padded() * size_of(to));
+  for (int64_t part = 0; part < tokens * layout.groups; ++part) {
+    char* at = out + part * padded_width * size_of(to);
+    if (from == to) {
+      std::memcpy(at, x + part * width * size_of(from), width * size_of(from));
+    } else {
+      for (int64_t j = 0; j < width; ++j) store(at, j, to, load(x, part * width + j, from));
+    }
+    std::memset(at + width * size_of(to), 0, (padded_width - width) * size_of(to));
+  }
+  return out;
+}
+
+void load_tables(const char* tables, Type type, int64_t count, float* out) {
+  for (int64_t k = 0; k < count; ++k) out[k] = load(tables, k, type);
+}
+
+struct Output {
+  char* y;
+  Type type;
+  const char* bias;
+  Type bias_type;
+  int64_t rows;
+
+  void put(const Batch& batch, int64_t row, const float* products) const {
+    const float added = bias == nullptr ? 0.0f : load(bias, row, bias_type);
+    for (int t = 0; t < batch.count; ++t)
+      store(y, batch.token[t] * rows + row, type, products[t] + added);
+  }
+};
+
+void rows_bfloat16(const Kernels& with, const Layout& layout, const uint8_t* codes, int rows,
+                   const Batch& batch, int64_t table_offset, Type table_type, const char* x,
+                   float* products) {
+  const char* tables[kMaxTokens];
+  const uint16_t* tokens[kMaxTokens];
+  for (int t = 0; t < batch.count; ++t) {
+    tables[t] = batch.tables[t] + table_offset;
+    tokens[t] = reinterpret_cast<const uint16_t*>(x) + batch.token[t] * layout.padded();
+  }
+  with.dot_bfloat16(layout, codes, rows, batch, tables, table_type, tokens, products);
+}
+
+void row_float32(const Kernels& with, const Layout& layout, const uint8_t* codes,
+                 const Batch& batch, int64_t table_offset, Type table_type, const char* x,
+                 float* products, Scratch& scratch) {
+  const int64_t entries = layout.groups * layout.entries();
+  float* tables = reinterpret_cast<float*>(
+      scratch.at_least((entries + layout.padded()) * sizeof(float)));
+  float* weights = tables + entries;
+  for (int t = 0; t < batch.count; ++t) {
+    if (t == 0 || !batch.one_slot) {
+      load_tables(batch.tables[t] + table_offset, table_type, entries, tables);
+      with.decode_float32(layout, codes, tables, weights, layout.steps() * kStep);
+    }
+    products[t] = with.dot_float32(
+        weights, reinterpret_cast<const float*>(x) + batch.token[t] * layout.padded(),
+        layout.padded());
+  }
+}
+
+}  // namespace
+}  // namespace spallm
+
+using namespace spallm;
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+// The best level this processor has: 0 scalar, 1 AVX2, 2 AVX-512 with bfloat16.
+int32_t spallm_cpu_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bf16"))
+    return 2;
+  return 1;
+#else
+  return 0;
+#endif
+}
+
+// y[t, r] = bias[r] + sum_j tables[slots[t], r, group(j), code[r, j]] x[t, j].
+//   packed: the codes with their header.
+// Returns -1 when done. Otherwise y is untouched: -2 where the header says something else than the
+// arguments, or the first token whose slot is not in 0 .. n_slots - 1.
+int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, int64_t groups,
+                          int32_t bits, const char* tables, int32_t table_type, int64_t n_slots,
+                          const char* x, int32_t x_type, int64_t tokens, const int32_t* slots,
+                          const char* bias, int32_t bias_type, char* y, int32_t level) {
+  const Layout layout{rows, columns, groups, bits};
+  const Kernels& with = kernels(level);
+  const Type type = static_cast<Type>(x_type), stored = static_cast<Type>(table_type);
+  if (!reinterpret_cast<const Header*>(packed)->fits(layout)) return -2;
+  const uint8_t* codes = packed + layout.row_bytes();
+  for (int64_t t = 0; slots != nullptr && t < tokens; ++t)
+    if (slots[t] < 0 || slots[t] >= n_slots) return t;
+
+  thread_local std::vector<int64_t> order;
+  thread_local std::vector<Batch> batches;
+  thread_local Scratch activations;
+  const int64_t row_table = groups * layout.entries() * size_of(stored);
+  make_batches(tokens, slots, tables, rows * row_table, order, batches);
+  const bool in_bfloat16 = type == kBfloat16 && with.dot_bfloat16 != nullptr;
+  const char* values =
+      prepared(layout, x, type, in_bfloat16 ? kBfloat16 : kFloat32, tokens, activations);
+  const Output output{y, type, bias, static_cast<Type>(bias_type), rows};
+  const Batch* batch = batches.data();
+  const int64_t n_batches = static_cast<int64_t>(batches.size());
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * tokens, blocks))
+  for (int64_t block = 0; block < blocks; ++block) {
+    thread_local Scratch weights;
+    const int64_t stop = std::min(rows, (block + 1) * kRowBlock);
+    for (int64_t b = 0; b < n_batches; ++b) {
+      for (int64_t row = block * kRowBlock, step = 1; row < stop; row += step) {
+        const uint8_t* at = codes + row * layout.row_bytes();
+        float products[kMaxRows * kMaxTokens];
+        if (in_bfloat16) {
+          // Few tokens wait for codes, not for products: one row after another is the order in
+          // which memory is fetched ahead.
+          const int64_t together = batch[b].count < 3 ? 1 : kMaxRows;
+          step = std::min(together, stop - row);
+          rows_bfloat16(with, layout, at, static_cast<int>(step), batch[b], row * row_table, stored,
+                        values, products);
+        } else {
+          row_float32(with, layout, at, batch[b], row * row_table, stored, values, products,
+                      weights);
+        }
+        for (int r = 0; r < step; ++r) output.put(batch[b], row + r, products + r * kMaxTokens);
+      }
+    }
+  }
+  return -1;
+}
+
+// Weights [rows, columns] in float32 or bfloat16 for codes and the tables of one slot.
+void spallm_decode(const uint8_t* codes, int64_t rows, int64_t columns, int64_t groups,
+                   int32_t bits, const char* tables, int32_t table_type, char* out,
+                   int32_t out_type, int32_t level) {
+  const Layout layout{rows, columns, groups, bits};
+  const Kernels& with = kernels(level);
+  const Type stored = static_cast<Type>(table_type);
+  const int64_t entries = groups * layout.entries();
+
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns, rows))
+  for (int64_t row = 0; row < rows; ++row) {
+    thread_local Scratch scratch;
+    float* values = reinterpret_cast<float*>(scratch.at_least(entries * sizeof(float)));
+    load_tables(tables + row * entries * size_of(stored), stored, entries, values);
+    const uint8_t* at = codes + row * layout.row_bytes();
+    if (out_type == kFloat32)
+      with.decode_float32(layout, at, values, reinterpret_cast<float*>(out) + row * columns,
+                          layout.width());
+    else
+      with.decode_bfloat16(layout, at, values, reinterpret_cast<uint16_t*>(out) + row * columns,
+                           layout.width());
+  }
+}
+
+// sums[r, g, k] += the sum of values[r, j] over the columns j of group g with code k.
+void spallm_bucket_sums(const uint8_t* codes, int64_t rows, int64_t columns, int64_t groups,
+                        int32_t bits, const float* values, float* sums, int32_t level) {
+  const Layout layout{rows, columns, groups, bits};
+  const Kernels& with = kernels(level);
+  const int64_t entries = groups * layout.entries();
+
+#pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns, rows))
+  for (int64_t row = 0; row < rows; ++row) {
+    thread_local Scratch scratch;
+    float* found = reinterpret_cast<float*>(scratch.at_least(entries * sizeof(float)));
+    with.bucket_sums(layout, codes + row * layout.row_bytes(), values + row * columns, found);
+    for (int64_t k = 0; k < entries; ++k) sums[row * entries + k] += found[k];
+  }
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
