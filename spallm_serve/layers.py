@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
+from spallm_serve.kernels.choice import prepare_codes
+from spallm_serve.kernels.dispatch import lut_linear
 from spallm_serve.kernels.packing import plane_width, unpack_codes
 from spallm_serve.kernels.reference import dequantize
 
 
 class _Sketched(nn.Module):
-    """Holds codes and tables as they are in the checkpoint, and the weight made from them."""
+    """Holds codes and tables as they are in the checkpoint, and the codes as a kernel reads them.
+
+    No dense weight is ever made.
+    """
 
     codes: Tensor
     tables: Tensor
@@ -25,19 +29,20 @@ class _Sketched(nn.Module):
         self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8, device=device))
         table_shape = (rows, groups_per_row, 1 << bits)
         self.register_buffer("tables", torch.zeros(table_shape, dtype=torch.float16, device=device))
-        self._dense: Tensor | None = None
+        self._prepared: tuple[torch.dtype, Tensor] | None = None
 
-    def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """The weight ``[rows, columns]``; made once for a dtype and kept."""
-        kept = self._dense
-        if kept is None or kept.dtype != dtype or kept.device != self.tables.device:
-            codes = unpack_codes(self.codes, self.columns)
-            self._dense = kept = dequantize(codes, self.tables.to(dtype))
-        return kept
+    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [..., columns] -> [..., rows]`` in the dtype of x: the product with the weight."""
+        if self._prepared is None or self._prepared[0] != x.dtype:
+            groups = self.tables.shape[1]
+            self._prepared = x.dtype, prepare_codes(self.codes, self.columns, groups, x.dtype)
+        flat = x.reshape(-1, self.columns).contiguous()
+        y = lut_linear(flat, self._prepared[1], self.tables.unsqueeze(0), None, bias)
+        return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Moving or casting the module must not touch the tables' float16: they are the format.
-        self._dense = None
+        self._prepared = None
         tables = self.tables
         super()._apply(fn, recurse)
         if self.tables.dtype != tables.dtype:
@@ -45,7 +50,7 @@ class _Sketched(nn.Module):
         return self
 
     def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self._dense = None
+        self._prepared = None
         super()._load_from_state_dict(*args, **kwargs)
 
 
@@ -78,7 +83,7 @@ class SketchedLinear(_Sketched):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]`` in the dtype of x."""
-        return F.linear(x, self.dense_weight(x.dtype), self.bias)
+        return self.multiply(x, self.bias)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
@@ -139,4 +144,4 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., embedding_dim] -> [..., num_embeddings]``."""
-        return F.linear(x, self._embedding[0].dense_weight(x.dtype), self.bias)
+        return self._embedding[0].multiply(x, self.bias)
