@@ -79,6 +79,24 @@ def lloyd(json: _Json = None) -> None:
 
 
 @app.command()
+def kernels(
+    model: Annotated[
+        Optional[list[str]], typer.Option(help="Whose shapes; may be repeated. Default: all.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="For each comparison.")] = 0.5,
+    json: _Json = None,
+) -> None:
+    """lut_linear against torch's bfloat16 linear and LoRAs, interleaved in one process."""
+    with _measuring(None):
+        from spallm_serve.benchmarks.kernels import SHAPES, kernel_records
+
+        unknown = [name for name in model or () if name not in SHAPES]
+        if unknown:
+            raise UserError(f"--model {unknown[0]!r}: expected some of {', '.join(SHAPES)}")
+        _finish(kernel_records(tuple(model or SHAPES), seconds), json)
+
+
+@app.command()
 def memory(
     blocks: Annotated[
         Optional[list[int]], typer.Option(help="Depths; 22 blocks make 1.1 B parameters.")

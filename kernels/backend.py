@@ -67,8 +67,14 @@ class Backend(Protocol):
         """The product; arguments are checked, but for the range of the slots."""
         ...
 
-    def backward(
+    def input_gradient(
+        self, dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
+    ) -> Tensor:
+        """``dy W``: ``[tokens, columns]`` in the dtype of ``dy``."""
+        ...
+
+    def table_gradient(
         self, dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """dx and dtables (float32)."""
+    ) -> Tensor:
+        """float32 in the shape of ``tables``, of which only the shape counts."""
         ...

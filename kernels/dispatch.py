@@ -7,6 +7,8 @@ small layer takes.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -77,39 +79,49 @@ def _(
     return x.new_empty(x.shape[0], tables.shape[1])
 
 
-@torch.library.custom_op("spallm::lut_linear_backward", mutates_args=())
-def _backward_operator(
-    dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    backend = _checked(x, codes, tables, slots, None)
-    return backend.backward(dy.contiguous(), x, codes, tables, slots)
+@torch.library.custom_op("spallm::input_gradient", mutates_args=())
+def _input_gradient(
+    dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
+) -> Tensor:
+    return backend_of(codes).input_gradient(dy.contiguous(), codes, tables, slots, columns)
 
 
-@_backward_operator.register_fake
-def _(
+@_input_gradient.register_fake
+def _(dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int) -> Tensor:
+    return dy.new_empty(dy.shape[0], columns)
+
+
+@torch.library.custom_op("spallm::table_gradient", mutates_args=())
+def _table_gradient(
     dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(x), tables.new_empty(tables.shape, dtype=torch.float32)
+) -> Tensor:
+    return backend_of(codes).table_gradient(dy.contiguous(), x, codes, tables, slots)
+
+
+@_table_gradient.register_fake
+def _(dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None) -> Tensor:
+    return tables.new_empty(tables.shape, dtype=torch.float32)
 
 
 def _setup_context(
-    ctx: torch.autograd.function.FunctionCtx,
-    inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
-    output: Tensor,
+    ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor
 ) -> None:
     x, codes, tables, slots, bias = inputs
-    ctx.save_for_backward(x, codes, tables, slots)  # type: ignore[arg-type]
-    ctx.bias_dtype = None if bias is None else bias.dtype  # type: ignore[attr-defined]
+    ctx.save_for_backward(x, codes, tables, slots)
+    ctx.bias_dtype = None if bias is None else bias.dtype
 
 
 def _gradient(
-    ctx: torch.autograd.function.FunctionCtx, dy: Tensor
-) -> tuple[Tensor, None, Tensor, None, Tensor | None]:
-    x, codes, tables, slots = ctx.saved_tensors  # type: ignore[attr-defined]
-    dx, dtables = torch.ops.spallm.lut_linear_backward(dy, x, codes, tables, slots)
-    bias_dtype = ctx.bias_dtype  # type: ignore[attr-defined]
-    dbias = None if bias_dtype is None else dy.sum(0).to(bias_dtype)
-    return dx, None, dtables.to(tables.dtype), None, dbias
+    ctx: Any, dy: Tensor
+) -> tuple[Tensor | None, None, Tensor | None, None, Tensor | None]:
+    x, codes, tables, slots = ctx.saved_tensors
+    wants_x, _, wants_tables, _, wants_bias = ctx.needs_input_grad
+    operators = torch.ops.spallm
+    dx = operators.input_gradient(dy, codes, tables, slots, x.shape[1]) if wants_x else None
+    dtables = None
+    if wants_tables:
+        dtables = operators.table_gradient(dy, x, codes, tables, slots).to(tables.dtype)
+    return dx, None, dtables, None, dy.sum(0).to(ctx.bias_dtype) if wants_bias else None
 
 
 _operator.register_autograd(_gradient, setup_context=_setup_context)

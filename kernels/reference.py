@@ -49,10 +49,30 @@ def lut_linear(
     return y if bias is None else y + bias.to(x.dtype)
 
 
-def lut_linear_backward(
+def input_gradient(
+    dy: Tensor, planes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
+) -> Tensor:
+    """Gradient of :func:`lut_linear` by its activations: each token's dy times its weight.
+
+    Args:
+        dy: ``[tokens, out]``.
+        planes, tables, slots: as the forward pass had them.
+        columns: of the activations.
+
+    Returns:
+        ``[tokens, columns]`` in the dtype of ``dy``.
+    """
+    codes = unpack_codes(planes, columns)
+    dx = dy.new_zeros(dy.shape[0], columns)
+    for slot, tokens in slot_runs(slots, dy.shape[0]):
+        dx[tokens] = dy[tokens] @ dequantize(codes, tables[slot].to(dy.dtype))
+    return dx
+
+
+def table_gradient(
     dy: Tensor, x: Tensor, planes: Tensor, tables: Tensor, slots: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    """Gradients of :func:`lut_linear` by its activations and its tables.
+) -> Tensor:
+    """Gradient of :func:`lut_linear` by its tables.
 
     ``dtables[s, r, g, k]`` sums ``dy[t, r] x[t, j]`` over the tokens t of slot s and the columns j
     of group g with code k.
@@ -62,18 +82,16 @@ def lut_linear_backward(
         x, planes, tables, slots: as the forward pass had them.
 
     Returns:
-        dx in the dtype of ``x`` and dtables, float32, in the shapes of both.
+        float32 in the shape of ``tables``.
     """
     codes = unpack_codes(planes, x.shape[1])
     rows, (_, _, groups, entries) = codes.shape[0], tables.shape
     index = codes.view(rows, groups, -1).long()
-    dx = torch.zeros_like(x)
     dtables = torch.zeros(tables.shape, dtype=torch.float32, device=x.device)
     for slot, tokens in slot_runs(slots, x.shape[0]):
-        dx[tokens] = dy[tokens] @ dequantize(codes, tables[slot].to(x.dtype))
         dweight = (dy[tokens].T @ x[tokens]).float().view(rows, groups, -1)
         dtables[slot] = dweight.new_zeros(rows, groups, entries).scatter_add_(2, index, dweight)
-    return dx, dtables
+    return dtables
 
 
 def slot_runs(slots: Tensor | None, tokens: int) -> list[tuple[int, Tensor | slice]]:

@@ -51,8 +51,14 @@ class ReferenceBackend:
         check_slots_in_range(slots, tables.shape[0])
         return reference.lut_linear(x, codes, tables, slots, bias)
 
-    def backward(
+    def input_gradient(
+        self, dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
+    ) -> Tensor:
+        """See :func:`reference.input_gradient`."""
+        return reference.input_gradient(dy, codes, tables, slots, columns)
+
+    def table_gradient(
         self, dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """See :func:`reference.lut_linear_backward`."""
-        return reference.lut_linear_backward(dy, x, codes, tables, slots)
+    ) -> Tensor:
+        """See :func:`reference.table_gradient`."""
+        return reference.table_gradient(dy, x, codes, tables, slots)

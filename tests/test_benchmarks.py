@@ -10,6 +10,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
+from spallm_serve.benchmarks import kernels
 from spallm_serve.benchmarks.cli import app
 from spallm_serve.benchmarks.lloyd import lloyd_records
 from spallm_serve.benchmarks.model import write_random_llama
@@ -104,3 +105,18 @@ def test_peers_are_chosen_by_module_and_setting() -> None:
     assert len(chosen_peers("all")) > 10
     with pytest.raises(UserError, match="gptq:4bit"):
         chosen_peers("nf4,gptq:4bit")
+
+
+def test_kernel_benchmark_covers_decode_tenants_prefill_and_gradient(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(kernels, "SHAPES", {"tiny": ((24, 40),)})
+    monkeypatch.setattr(kernels, "_POOL_BYTES", 1 << 16)
+    arguments = ["kernels", "--seconds", "0", "--json", str(tmp_path / "found.json")]
+    assert CliRunner().invoke(app, arguments).exit_code == 0
+    found = BenchmarkResults.model_validate_json((tmp_path / "found.json").read_text()).records
+    decode = {(r.case["bits"], r.case["tokens"], r.case["tenants"]) for r in found[1:]}
+    assert decode >= {(bits, 8, count) for bits in (2, 3, 4) for count in (1, 8)}
+    assert {r.metric for r in found} == {"copy_bytes_per_s", "time_s", "gradient_s"}
+    assert all(r.ratio is not None and r.ratio > 0 for r in found[1:])
+    assert CliRunner().invoke(app, ["kernels", "--model", "GPT-9"]).exit_code == 2

@@ -112,21 +112,37 @@ class CpuBackend:
             y[few] = given
         return y
 
-    def backward(
+    def input_gradient(
+        self, dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
+    ) -> Tensor:
+        """``[tokens, columns]`` in the dtype of ``dy``; tiles of the weight are decoded in turn."""
+        dx = dy.new_zeros(dy.shape[0], columns)
+        for slot, tokens in slot_runs(slots, dy.shape[0]):
+            theirs = dy[tokens]
+            gathered = torch.zeros(theirs.shape[0], columns)
+            for rows, weight in self._tiles(codes, tables[slot], columns, dy.dtype):
+                gathered += theirs[:, rows] @ weight
+            dx[tokens] = gathered.to(dy.dtype)
+        return dx
+
+    def table_gradient(
         self, dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
-        """dx in the dtype of ``x`` and dtables, float32; no dense gradient of a weight is made."""
-        dx = torch.zeros(x.shape, dtype=torch.float32)
+    ) -> Tensor:
+        """float32 in the shape of ``tables``; of a weight's gradient only a tile is ever made."""
         dtables = torch.zeros(tables.shape, dtype=torch.float32)
+        self._refuse_other_codes(codes, tables[0], x.shape[1])
         for slot, tokens in slot_runs(slots, x.shape[0]):
             theirs, activations = dy[tokens], x[tokens]
-            gathered = torch.zeros(activations.shape, dtype=torch.float32)
-            for rows, weight in self._tiles(codes, tables[slot], x):
-                part = theirs[:, rows]
-                gathered += part @ weight
-                self._bucket_sums(codes, rows, part.T @ activations, dtables[slot, rows])
-            dx[tokens] = gathered
-        return dx.to(x.dtype), dtables
+            for rows in self._tile_rows(codes, x.shape[1]):
+                values = (theirs[:, rows].T @ activations).float().contiguous()
+                sums = dtables[slot, rows]
+                library().spallm_bucket_sums(
+                    *_rows_arguments(codes, rows, x.shape[1], sums),
+                    values.data_ptr(),
+                    sums.data_ptr(),
+                    self.level,
+                )
+        return dtables
 
     def _multiply(
         self,
@@ -157,7 +173,7 @@ class CpuBackend:
             self.level,
         )
         if refused == _OTHER_CODES:
-            raise _other_codes(codes, x, tables)
+            raise _other_codes(codes, tables, x.shape[1])
         if refused >= 0:
             assert slots is not None
             raise slot_error(slots, refused, tables.shape[0])
@@ -172,44 +188,45 @@ class CpuBackend:
         tokens: Tensor | slice,
     ) -> None:
         theirs = x[tokens]
-        for rows, weight in self._tiles(codes, tables, x):
+        for rows, weight in self._tiles(codes, tables, x.shape[1], x.dtype):
             part = theirs @ weight.T
             y[tokens, rows] = part if bias is None else part + bias[rows].to(part.dtype)
 
-    def _tiles(self, codes: Tensor, tables: Tensor, x: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their weight in the dtype of x; one slot's tables ``[out, groups, entries]``.
+    def _tiles(
+        self, codes: Tensor, tables: Tensor, columns: int, dtype: torch.dtype
+    ) -> Iterator[tuple[slice, Tensor]]:
+        """Rows and their weight in ``dtype``; of one slot's tables ``[out, groups, entries]``.
 
         A tile is valid until the next one: they share their memory.
         """
-        count, columns = self.rows(codes), x.shape[1]
-        groups, entries = tables.shape[1:]
-        if read_header(codes) != (count, columns, groups, entries.bit_length() - 1):
-            raise _other_codes(codes, x, tables)
-        height = max(1, min(TILE_WEIGHTS // max(columns, 1), count))
-        dtype = torch.float32 if x.dtype == torch.float16 else x.dtype
-        tile = torch.empty(height, columns, dtype=dtype)
-        for start in range(0, count, height):
-            rows = slice(start, min(start + height, count))
-            weight = tile[: rows.stop - start]
+        self._refuse_other_codes(codes, tables, columns)
+        decoded = torch.float32 if dtype == torch.float16 else dtype
+        tile: Tensor | None = None
+        for rows in self._tile_rows(codes, columns):
+            if tile is None:
+                tile = torch.empty(rows.stop, columns, dtype=decoded)
+            weight = tile[: rows.stop - rows.start]
             library().spallm_decode(
                 *_rows_arguments(codes, rows, columns, tables),
                 tables[rows].data_ptr(),
                 _TYPES[tables.dtype],
                 weight.data_ptr(),
-                _TYPES[dtype],
+                _TYPES[decoded],
                 self.level,
             )
-            yield rows, weight.to(x.dtype)
+            yield rows, weight.to(dtype)
 
-    def _bucket_sums(self, codes: Tensor, rows: slice, values: Tensor, sums: Tensor) -> None:
-        """Add the sums of some rows' values by code to ``sums``, ``[rows, groups, entries]``."""
-        values = values.float().contiguous()
-        library().spallm_bucket_sums(
-            *_rows_arguments(codes, rows, values.shape[1], sums),
-            values.data_ptr(),
-            sums.data_ptr(),
-            self.level,
-        )
+    def _tile_rows(self, codes: Tensor, columns: int) -> Iterator[slice]:
+        """All rows, as many at a time as make a tile."""
+        count = self.rows(codes)
+        height = max(1, TILE_WEIGHTS // max(columns, 1))
+        for start in range(0, count, height):
+            yield slice(start, min(start + height, count))
+
+    def _refuse_other_codes(self, codes: Tensor, tables: Tensor, columns: int) -> None:
+        rows, groups, entries = tables.shape
+        if read_header(codes) != (rows, columns, groups, entries.bit_length() - 1):
+            raise _other_codes(codes, tables, columns)
 
 
 def _rows_arguments(
@@ -220,11 +237,11 @@ def _rows_arguments(
     return first, rows.stop - rows.start, columns, groups, entries.bit_length() - 1
 
 
-def _other_codes(codes: Tensor, x: Tensor, tables: Tensor) -> ValueError:
-    rows, columns, groups, bits = read_header(codes)
+def _other_codes(codes: Tensor, tables: Tensor, columns: int) -> ValueError:
+    rows, theirs, groups, bits = read_header(codes)
     return ValueError(
-        f"codes: are of {bits} bits, {rows} rows, {columns} columns and {groups} groups; expected "
-        f"those of tables {list(tables.shape)} and of x's {x.shape[1]} columns"
+        f"codes: are of {bits} bits, {rows} rows, {theirs} columns and {groups} groups; expected "
+        f"those of tables {list(tables.shape)} and of x's {columns} columns"
     )
 
 

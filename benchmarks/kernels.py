@@ -1,0 +1,197 @@
+"""lut_linear against torch's bfloat16 linear, and against LoRAs beside it, in one process.
+
+Weights are taken in turn from a pool larger than the caches, as a model's layers are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import cycle
+
+import torch
+from rich.console import Console
+from torch import Tensor
+from torch.nn import functional as F
+
+from spallm_serve.benchmarks.records import Record
+from spallm_serve.benchmarks.timing import Timing, interleaved
+from spallm_serve.kernels.choice import explain, prepare_codes
+from spallm_serve.kernels.dispatch import lut_linear
+from spallm_serve.kernels.packing import SUPPORTED_BITS, pack_codes
+
+SHAPES = {
+    "Llama-2-7B": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "Llama-3-8B": ((1024, 4096), (14336, 4096), (4096, 14336)),
+    "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+}
+TOKENS = (1, 8, 32, 512)
+TENANTS = (1, 8, 64)
+LORA_RANK = 16
+_POOL_BYTES = 512 << 20
+_POOL_LAYERS = 32
+_SECONDS = 0.5
+_PREFILL_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """One shape's weights, ours at some bits and the peer's."""
+
+    model: str
+    rows: int
+    columns: int
+    bits: int
+    codes: list[Tensor]
+    tables: Tensor
+    dense: list[Tensor]
+
+    def case(self, **more: int | float) -> dict[str, str | int | float | bool | None]:
+        return {
+            "model": self.model,
+            "rows": self.rows,
+            "columns": self.columns,
+            "bits": self.bits,
+            **more,
+        }
+
+
+def kernel_records(models: tuple[str, ...], seconds: float = _SECONDS) -> Iterator[Record]:
+    """Decode, mixed tenants, LoRAs beside a bfloat16 linear, prefill and the table gradient.
+
+    Args:
+        models: of :data:`SHAPES`.
+        seconds: for each comparison.
+    """
+    console = Console(stderr=True)
+    console.print(f"lut_linear runs on {explain('cpu')}, {torch.get_num_threads()} threads")
+    bandwidth = copy_bandwidth(seconds)
+    yield Record(bench="kernels", case={}, metric="copy_bytes_per_s", ours=bandwidth)
+    with torch.no_grad():
+        for model in models:
+            for rows, columns in SHAPES[model]:
+                dense = _dense_pool(rows, columns)
+                for bits in SUPPORTED_BITS:
+                    layer = _layer(model, rows, columns, bits, dense)
+                    for record in _layer_records(layer, bandwidth, seconds):
+                        console.print(_line(record))
+                        yield record
+
+
+def copy_bandwidth(seconds: float) -> float:
+    """Bytes a second that this machine reads and writes when it copies a large tensor."""
+    source = torch.empty(_POOL_BYTES // 4, dtype=torch.uint8).fill_(1)
+    target = torch.empty_like(source)
+    timing = interleaved({"copy": lambda: target.copy_(source)}, seconds)["copy"]
+    return 2 * source.nbytes / timing.median
+
+
+def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[Record]:
+    for tokens in TOKENS:
+        x = torch.randn(tokens, layer.columns).bfloat16()
+        functions: dict[str, Callable[[], object]] = {"linear": _linear(layer, x)}
+        counts = [count for count in TENANTS if count <= tokens] if tokens < 512 else [1]
+        for count in counts:
+            functions[f"{count} tenants"] = _ours(layer, x, count)
+        if tokens == 8:
+            functions["LoRA"] = _linear_with_loras(layer, x)
+        times = interleaved(functions, seconds)
+        for count in counts:
+            ours = times[f"{count} tenants"]
+            floor = _bytes_needed(layer, tokens, count) / bandwidth
+            case = layer.case(tokens=tokens, tenants=count, of_floor=round(floor / ours.median, 3))
+            yield _record(case, ours, times["linear"], "torch bfloat16 linear")
+            if count == 8 and tokens == 8:
+                yield _record(case, ours, times["LoRA"], "bfloat16 linear + rank-16 LoRAs")
+                yield _record(case, ours, times["1 tenants"], "lut_linear, one tenant")
+    yield _gradient_record(layer, seconds)
+
+
+def _gradient_record(layer: _Layer, seconds: float) -> Record:
+    x = torch.randn(_PREFILL_TOKENS, layer.columns).bfloat16()
+    dy = torch.randn(_PREFILL_TOKENS, layer.rows).bfloat16()
+    codes, tables = layer.codes[0], layer.tables[:1].contiguous()
+
+    def gradient() -> object:
+        return torch.ops.spallm.table_gradient(dy, x, codes, tables, None)
+
+    times = interleaved({"ours": gradient, "dense": lambda: dy.T @ x}, seconds)
+    case = layer.case(tokens=_PREFILL_TOKENS, tenants=1)
+    return _record(case, times["ours"], times["dense"], "dW by a bfloat16 matmul", "gradient_s")
+
+
+def _ours(layer: _Layer, x: Tensor, tenants: int) -> Callable[[], object]:
+    codes = cycle(layer.codes)
+    slots = None if tenants == 1 else (torch.arange(x.shape[0]) % tenants).int()
+    return lambda: lut_linear(x, next(codes), layer.tables, slots)
+
+
+def _linear(layer: _Layer, x: Tensor) -> Callable[[], object]:
+    weights = cycle(layer.dense)
+    return lambda: F.linear(x, next(weights))
+
+
+def _linear_with_loras(layer: _Layer, x: Tensor) -> Callable[[], object]:
+    """A LoRA a token, by the gathered einsums of vLLM's CPU path: all the LoRAs' A with their
+    tokens to rank 16, then all B, added to the base's output."""
+    weights = cycle(layer.dense)
+    lora_a = torch.randn(x.shape[0], LORA_RANK, layer.columns).bfloat16()
+    lora_b = torch.randn(x.shape[0], layer.rows, LORA_RANK).bfloat16()
+    index = torch.arange(x.shape[0])
+
+    def both() -> object:
+        y = F.linear(x, next(weights))
+        shrunk = torch.einsum("bi,boi->bo", x, lora_a[index])
+        return y.add_(torch.einsum("bi,boi->bo", shrunk, lora_b[index]))
+
+    return both
+
+
+def _bytes_needed(layer: _Layer, tokens: int, tenants: int) -> int:
+    """Codes, the tables of the tenants present, activations in and out: each once."""
+    codes = layer.rows * layer.columns * layer.bits // 8
+    tables = tenants * layer.tables[0].nbytes
+    return codes + tables + 2 * tokens * (layer.rows + layer.columns)
+
+
+def _dense_pool(rows: int, columns: int) -> list[Tensor]:
+    count = max(2, min(_POOL_LAYERS, _POOL_BYTES // (2 * rows * columns)))
+    return [torch.randn(rows, columns, dtype=torch.bfloat16) for _ in range(count)]
+
+
+def _layer(model: str, rows: int, columns: int, bits: int, dense: list[Tensor]) -> _Layer:
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
+    packed = prepare_codes(pack_codes(codes, bits), columns, 1)
+    tables = torch.randn(max(TENANTS), rows, 1, 1 << bits).half()
+    pool = [packed.clone() for _ in range(max(len(dense), _POOL_BYTES // 4 // packed.nbytes))]
+    return _Layer(model, rows, columns, bits, pool, tables, dense)
+
+
+def _record(
+    case: dict[str, str | int | float | bool | None],
+    ours: Timing,
+    peer: Timing,
+    name: str,
+    metric: str = "time_s",
+) -> Record:
+    return Record(
+        bench="kernels",
+        case=case,
+        metric=metric,
+        ours=ours.median,
+        peer=peer.median,
+        peer_name=name,
+        ratio=round(peer.median / ours.median, 3),
+        runs=ours.runs,
+        spread=(ours.low, ours.high),
+    )
+
+
+def _line(record: Record) -> str:
+    case = record.case
+    assert record.ours is not None
+    return (
+        f"{case['rows']} x {case['columns']}, {case['bits']} bits, {case['tokens']} tokens of "
+        f"{case['tenants']} tenants, {record.metric}: {1e3 * record.ours:.3f} ms, "
+        f"{record.ratio} x {record.peer_name}"
+    )
