@@ -109,7 +109,7 @@ def memory(
     with _measuring(scratch) as folder:
         from spallm_serve.benchmarks.memory import memory_records
 
-        _finish(memory_records(folder, tuple(blocks or (4, 22)), bits), json)
+        _finish(memory_records(folder, tuple(blocks or (2, 22)), bits), json)
 
 
 @app.command()

@@ -12,7 +12,7 @@ from spallm_serve.benchmarks.records import Record
 
 _MIB = 1 << 20
 _ALLOWANCE = 700_000_000
-_SAMPLES, _SEQLEN = 16, 512
+_SAMPLES, _SEQLEN = 4, 512
 
 
 def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> list[Record]:

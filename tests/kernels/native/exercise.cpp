@@ -1,0 +1,125 @@
+// Calls every entry point on buffers of exactly the size they need, for a build with a sanitizer.
+// Any bytes are codes, so random ones will do; all levels must agree with plain C++.
+
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "layout.h"
+#include "numbers.h"
+
+extern "C" {
+int32_t spallm_cpu_level();
+int64_t spallm_lut_linear(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
+                          int64_t, const char*, int32_t, int64_t, const int32_t*, const char*,
+                          int32_t, char*, int32_t);
+void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t, char*,
+                   int32_t, int32_t);
+void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const float*, float*,
+                        int32_t);
+}
+
+using namespace spallm;
+
+namespace {
+
+std::mt19937 generator(20261122);
+
+int64_t pick(int64_t low, int64_t high) {
+  return std::uniform_int_distribution<int64_t>(low, high)(generator);
+}
+
+// Exactly as large as asked, where a sanitizer watches both ends.
+struct Buffer {
+  explicit Buffer(int64_t bytes) : memory(static_cast<char*>(std::malloc(bytes)), std::free) {}
+  char* data() const { return memory.get(); }
+  std::unique_ptr<char, void (*)(void*)> memory;
+};
+
+Buffer numbers(int64_t count, Type type) {
+  Buffer made(count * size_of(type));
+  std::normal_distribution<float> normal;
+  for (int64_t i = 0; i < count; ++i) store(made.data(), i, type, normal(generator));
+  return made;
+}
+
+void fail(const Layout& layout, const char* what, int32_t level, float found, float wanted) {
+  std::printf("%s, level %d, %d bits, %lld x %lld, %lld groups: %g instead of %g\n", what, level,
+              layout.bits, static_cast<long long>(layout.rows),
+              static_cast<long long>(layout.columns), static_cast<long long>(layout.groups),
+              static_cast<double>(found), static_cast<double>(wanted));
+  std::exit(1);
+}
+
+void compare(const Layout& layout, const char* what, int32_t level, const char* found,
+             const char* wanted, int64_t count, Type type, float tolerance) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float a = load(found, i, type), b = load(wanted, i, type);
+    if (!(std::fabs(a - b) <= tolerance * (1 + std::fabs(b)))) fail(layout, what, level, a, b);
+  }
+}
+
+void exercise(const Layout& layout) {
+  const int64_t entries = layout.groups * layout.entries();
+  Buffer packed((1 + layout.rows) * layout.row_bytes());
+  for (int64_t i = 0; i < (1 + layout.rows) * layout.row_bytes(); ++i)
+    packed.data()[i] = static_cast<char>(pick(0, 255));
+  const Header header{layout.rows, layout.columns, layout.groups, layout.bits};
+  std::memcpy(packed.data(), &header, sizeof header);
+  const auto* codes = reinterpret_cast<const uint8_t*>(packed.data());
+  const uint8_t* rows = codes + layout.row_bytes();
+
+  const int64_t tokens = pick(1, 19), n_slots = pick(1, 6);
+  std::vector<int32_t> slots(tokens);
+  for (int32_t& slot : slots) slot = static_cast<int32_t>(pick(0, n_slots - 1));
+  for (const Type type : {kFloat32, kBfloat16, kFloat16}) {
+    const Type stored = static_cast<Type>(pick(0, 2));
+    const Buffer x = numbers(tokens * layout.columns, type);
+    const Buffer tables = numbers(n_slots * layout.rows * entries, stored);
+    const Buffer bias = numbers(layout.rows, stored);
+    const Buffer values = numbers(layout.rows * layout.columns, kFloat32);
+    std::vector<Buffer> y, weights, sums;
+    for (int32_t level = 0; level <= spallm_cpu_level(); ++level) {
+      y.emplace_back(tokens * layout.rows * size_of(type));
+      if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits,
+                            tables.data(), stored, n_slots, x.data(), type, tokens, slots.data(),
+                            bias.data(), stored, y.back().data(), level) != -1)
+        fail(layout, "lut_linear refused", level, 0, 0);
+      compare(layout, "lut_linear", level, y.back().data(), y[0].data(), tokens * layout.rows,
+              type, type == kFloat32 ? 1e-3f : 0.3f);
+      const Type decoded = type == kBfloat16 ? kBfloat16 : kFloat32;
+      weights.emplace_back(layout.rows * layout.columns * size_of(decoded));
+      spallm_decode(rows, layout.rows, layout.columns, layout.groups, layout.bits, tables.data(),
+                    stored, weights.back().data(), decoded, level);
+      compare(layout, "decode", level, weights.back().data(), weights[0].data(),
+              layout.rows * layout.columns, decoded, 0);
+      sums.emplace_back(layout.rows * entries * sizeof(float));
+      std::memset(sums.back().data(), 0, layout.rows * entries * sizeof(float));
+      spallm_bucket_sums(rows, layout.rows, layout.columns, layout.groups, layout.bits,
+                         reinterpret_cast<const float*>(values.data()),
+                         reinterpret_cast<float*>(sums.back().data()), level);
+      compare(layout, "bucket_sums", level, sums.back().data(), sums[0].data(),
+              layout.rows * entries, kFloat32, 1e-3f);
+    }
+  }
+  slots[tokens - 1] = static_cast<int32_t>(n_slots);
+  if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits, nullptr, 0,
+                        n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=
+      tokens - 1)
+    fail(layout, "a slot out of range", 0, 0, 0);
+}
+
+}  // namespace
+
+int main() {
+  for (int round = 0; round < 50; ++round) {
+    const int64_t groups = pick(1, 4), width = pick(0, 3) == 0 ? 32 * pick(1, 20) : pick(1, 300);
+    exercise(Layout{pick(1, 21), groups * width, groups, static_cast<int32_t>(pick(2, 4))});
+  }
+  std::puts("done");
+}
