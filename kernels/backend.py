@@ -45,6 +45,10 @@ class Backend(Protocol):
         """Codes from bit-planes in the layout that this backend reads."""
         ...
 
+    def planes(self, codes: Tensor) -> Tensor:
+        """Inverse of :meth:`prepare`."""
+        ...
+
     def owns(self, codes: Tensor) -> bool:
         """Whether codes are in this backend's layout, by their dtype and rank."""
         ...

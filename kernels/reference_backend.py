@@ -23,6 +23,10 @@ class ReferenceBackend:
         """The bit-planes themselves."""
         return planes
 
+    def planes(self, codes: Tensor) -> Tensor:
+        """The codes themselves."""
+        return codes
+
     def owns(self, codes: Tensor) -> bool:
         """Bit-planes are the only layout with three dimensions."""
         return codes.dim() == 3

@@ -5,17 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spallm_serve.kernels.choice import prepare_codes
+from spallm_serve.kernels.choice import backend_of, prepare_codes
 from spallm_serve.kernels.dispatch import lut_linear
 from spallm_serve.kernels.packing import plane_width, unpack_codes
 from spallm_serve.kernels.reference import dequantize
 
 
 class _Sketched(nn.Module):
-    """Holds codes and tables as they are in the checkpoint, and the codes as a kernel reads them.
-
-    No dense weight is ever made.
-    """
+    """Holds codes and tables; no dense weight is ever made."""
 
     codes: Tensor
     tables: Tensor
@@ -29,33 +26,31 @@ class _Sketched(nn.Module):
         self.register_buffer("codes", torch.zeros(shape, dtype=torch.uint8, device=device))
         table_shape = (rows, groups_per_row, 1 << bits)
         self.register_buffer("tables", torch.zeros(table_shape, dtype=torch.float16, device=device))
-        self._prepared: tuple[torch.dtype, Tensor] | None = None
 
-    def multiply(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """``x [..., columns] -> [..., rows]`` in the dtype of x: the product with the weight."""
-        if self._prepared is None or self._prepared[0] != x.dtype:
-            groups = self.tables.shape[1]
-            self._prepared = x.dtype, prepare_codes(self.codes, self.columns, groups, x.dtype)
+    def prepared_codes(self, dtype: torch.dtype) -> Tensor:
+        """The codes as the kernel for activations of a dtype reads them."""
+        return prepare_codes(self.codes, self.columns, self.tables.shape[1], dtype)
+
+    def multiply(self, x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [..., columns] -> [..., rows]`` in the dtype of x; codes are prepared ones."""
         flat = x.reshape(-1, self.columns).contiguous()
-        y = lut_linear(flat, self._prepared[1], self.tables.unsqueeze(0), None, bias)
+        y = lut_linear(flat, codes, self.tables.unsqueeze(0), None, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
         # Moving or casting the module must not touch the tables' float16: they are the format.
-        self._prepared = None
         tables = self.tables
         super()._apply(fn, recurse)
         if self.tables.dtype != tables.dtype:
             self.tables = tables.to(self.tables.device)
         return self
 
-    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
-        self._prepared = None
-        super()._load_from_state_dict(*args, **kwargs)
-
 
 class SketchedLinear(_Sketched):
     """A linear layer from codes and tables; in the place of ``nn.Linear`` and of GPT-2's Conv1D.
+
+    The first product puts the codes into the layout of the kernel, in place of the bit-planes; they
+    become bit-planes again when the layer is saved, moved or loaded.
 
     Args:
         in_features, out_features, bits, groups_per_row: the sketch's shape.
@@ -80,14 +75,37 @@ class SketchedLinear(_Sketched):
             self.bias = nn.Parameter(torch.zeros(out_features, dtype=dtype, device=device))
         else:
             self.register_parameter("bias", None)
+        self._prepared_for: torch.dtype | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]`` in the dtype of x."""
-        return self.multiply(x, self.bias)
+        if self._prepared_for != x.dtype:
+            self._restore_planes()
+            self.codes = self.prepared_codes(x.dtype)
+            self._prepared_for = x.dtype
+        return self.multiply(x, self.codes, self.bias)
+
+    def _restore_planes(self) -> None:
+        if self._prepared_for is not None:
+            self.codes = backend_of(self.codes).planes(self.codes)
+            self._prepared_for = None
+
+    def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self._restore_planes()
+        return super()._apply(fn, recurse)
+
+    def _save_to_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self._restore_planes()
+        super()._save_to_state_dict(*args, **kwargs)
+
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self._restore_planes()
+        super()._load_from_state_dict(*args, **kwargs)
 
     def extra_repr(self) -> str:
         """What ``print(model)`` shows."""
-        bits, groups = self.codes.shape[0], self.tables.shape[1]
+        _, groups, entries = self.tables.shape
+        bits = entries.bit_length() - 1
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, "
             f"groups_per_row={groups}, bias={self.bias is not None}"
@@ -117,11 +135,24 @@ class SketchedEmbedding(_Sketched):
         super().__init__(num_embeddings, embedding_dim, bits, groups_per_row, device)
         self.num_embeddings, self.embedding_dim = num_embeddings, embedding_dim
         self.scale, self.dtype = scale, dtype
+        # For logits; looking up needs the bit-planes beside it.
+        self._prepared: tuple[torch.dtype, Tensor] | None = None
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
+        self._prepared = None
         # What comes out is cast as a dense embedding's weight would be.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=self.tables.device)).dtype
         return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        self._prepared = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        """``x [..., embedding_dim] -> [..., num_embeddings]``, for a head tied to the embedding."""
+        if self._prepared is None or self._prepared[0] != x.dtype:
+            self._prepared = x.dtype, self.prepared_codes(x.dtype)
+        return self.multiply(x, self._prepared[1], bias)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids [...] -> [..., embedding_dim]``."""
@@ -144,4 +175,4 @@ class TiedHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., embedding_dim] -> [..., num_embeddings]``."""
-        return self._embedding[0].multiply(x, self.bias)
+        return self._embedding[0].logits(x, self.bias)

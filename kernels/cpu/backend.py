@@ -14,7 +14,12 @@ from torch import Tensor
 
 from spallm_serve.kernels.arguments import check_slots_in_range, slot_error
 from spallm_serve.kernels.backend import Request
-from spallm_serve.kernels.cpu.layout import read_header, row_bytes, to_cpu_layout
+from spallm_serve.kernels.cpu.layout import (
+    from_cpu_layout,
+    read_header,
+    row_bytes,
+    to_cpu_layout,
+)
 from spallm_serve.kernels.cpu.library import LEVELS, NativeLibraryError, best_level, library
 from spallm_serve.kernels.reference import slot_runs
 
@@ -59,6 +64,10 @@ class CpuBackend:
     def prepare(self, planes: Tensor, columns: int, groups: int) -> Tensor:
         """See :func:`to_cpu_layout`."""
         return to_cpu_layout(planes, columns, groups)
+
+    def planes(self, codes: Tensor) -> Tensor:
+        """See :func:`from_cpu_layout`."""
+        return from_cpu_layout(codes)
 
     def owns(self, codes: Tensor) -> bool:
         """Bytes in rows."""

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spallm_serve.kernels.packing import unpack_codes
+from spallm_serve.kernels.packing import pack_codes, plane_width, unpack_codes
 
 STEP_COLUMNS = 32
 CHUNK_BYTES = 64
@@ -54,6 +54,18 @@ def to_cpu_layout(planes: Tensor, columns: int, groups: int) -> Tensor:
     return packed
 
 
+def from_cpu_layout(packed: Tensor) -> Tensor:
+    """Inverse of :func:`to_cpu_layout`: uint8 ``[bits, out, ceil(columns / 8)]``."""
+    rows, columns, groups, bits = read_header(packed)
+    planes = torch.empty(bits, rows, plane_width(columns), dtype=torch.uint8)
+    chunk = max(1, _CHUNK_CODES // max(columns, 1))
+    for start in range(0, rows, chunk):
+        stop = min(start + chunk, rows)
+        codes = _unpack_rows(packed[1 + start : 1 + stop], columns, groups, bits)
+        planes[:, start:stop] = pack_codes(codes, bits)
+    return planes
+
+
 def read_header(packed: Tensor) -> tuple[int, int, int, int]:
     """Rows, columns, groups and bits of codes in this layout."""
     rows, columns, groups, bits = packed[0, :32].view(torch.int64).tolist()
@@ -86,6 +98,27 @@ def _pack_words(steps: Tensor, bits: int) -> Tensor:
     words = torch.stack([stream >> (16 * word) for word in range(_BLOCK_WORDS[bits])], dim=3)
     words = words.view(rows, groups, -1, lanes)[:, :, : -(-bits * count // 16)]
     return (words & 0xFFFF).to(torch.int32).to(torch.int16)
+
+
+def _unpack_rows(packed: Tensor, columns: int, groups: int, bits: int) -> Tensor:
+    rows = packed.shape[0]
+    if bits == 2:
+        words = packed.view(torch.int32).long().view(rows, groups, -1, STEP_COLUMNS // 2)
+        pairs = _parts(words, 2 * bits, _PAIR_STEPS)
+        steps = torch.stack([pairs & 3, pairs >> bits], dim=-1).flatten(-2)
+    else:
+        words = packed.view(torch.int16).long().view(rows, groups, -1, STEP_COLUMNS) & 0xFFFF
+        words = F.pad(words, (0, 0, 0, -words.shape[2] % _BLOCK_WORDS[bits]))
+        blocks = words.view(rows, groups, -1, _BLOCK_WORDS[bits], STEP_COLUMNS)
+        steps = _parts(_stream(blocks, 16), bits, _BLOCK_STEPS[bits])
+    flat = steps.reshape(rows, groups, -1)[:, :, : columns // groups]
+    return flat.to(torch.uint8).reshape(rows, columns)
+
+
+def _parts(streams: Tensor, bits: int, count: int) -> Tensor:
+    """Inverse of :func:`_stream`: ``count`` values of each element, as a new dimension 3."""
+    shifts = bits * torch.arange(count).view(-1, 1)
+    return (streams.unsqueeze(3) >> shifts) & ((1 << bits) - 1)
 
 
 def _stream(blocks: Tensor, bits: int) -> Tensor:

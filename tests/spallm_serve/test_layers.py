@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from spallm_serve.kernels.choice import explain
 from spallm_serve.layers import SketchedEmbedding, SketchedLinear, TiedHead
 from spallm_serve.sketch import Sketch
 
@@ -136,3 +137,26 @@ def test_loading_another_state_counts(assign: bool) -> None:
     other = sketch(seed=1)
     layer.load_state_dict({"codes": other.planes, "tables": other.tables}, assign=assign)
     close(layer(torch.eye(COLUMNS)), dense(other).T)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+def test_loading_another_embedding_counts_for_its_head(assign: bool) -> None:
+    embedding = filled(SketchedEmbedding(ROWS, COLUMNS, 3, 2), sketch())
+    head = TiedHead(embedding)
+    head(torch.eye(COLUMNS))
+    other = sketch(seed=1)
+    embedding.load_state_dict({"codes": other.planes, "tables": other.tables}, assign=assign)
+    close(head(torch.eye(COLUMNS)), dense(other).T)
+
+
+def test_codes_are_held_once_and_saved_as_they_came() -> None:
+    sketched = sketch()
+    layer = filled(SketchedLinear(COLUMNS, ROWS, 3, 2, False), sketched)
+    x = torch.eye(COLUMNS)
+    layer(x)
+    held = [buffer for name, buffer in layer.named_buffers() if name != "tables"]
+    assert len(held) == 1
+    assert explain("cpu", x.dtype).backend == "reference" or held[0].dim() == 2
+    assert torch.equal(layer.state_dict()["codes"], sketched.planes)
+    close(layer(x), dense(sketched).T)
+    assert torch.equal(copy.deepcopy(layer).double().codes, sketched.planes)
