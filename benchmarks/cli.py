@@ -15,7 +15,7 @@ from spallm_serve.console import quiet_libraries, user_errors
 from spallm_serve.errors import UserError
 
 if TYPE_CHECKING:
-    from spallm_serve.benchmarks.records import Record
+    from spallm_serve.benchmarks.records import BenchmarkResults, Record
 
 app = typer.Typer(
     add_completion=False,
@@ -84,6 +84,7 @@ def kernels(
         Optional[list[str]], typer.Option(help="Whose shapes; may be repeated. Default: all.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="For each comparison.")] = 0.5,
+    plot: Annotated[Optional[Path], typer.Option(help="Where a PNG of the ratios goes.")] = None,
     json: _Json = None,
 ) -> None:
     """lut_linear against torch's bfloat16 linear and LoRAs, interleaved in one process."""
@@ -93,7 +94,11 @@ def kernels(
         unknown = [name for name in model or () if name not in SHAPES]
         if unknown:
             raise UserError(f"--model {unknown[0]!r}: expected some of {', '.join(SHAPES)}")
-        _finish(kernel_records(tuple(model or SHAPES), seconds), json)
+        found = _finish(kernel_records(tuple(model or SHAPES), seconds), json)
+        if plot is not None:
+            from spallm_serve.benchmarks.plots import plot_kernels
+
+            plot_kernels(found, plot)
 
 
 @app.command()
@@ -185,7 +190,7 @@ def _model_dir(model: str | None, folder: Path) -> Path:
     return packaged_model(unpacked) if model is None else resolve_model(model, unpacked)
 
 
-def _finish(records: Iterator[Record] | list[Record], path: Path | None) -> None:
+def _finish(records: Iterator[Record] | list[Record], path: Path | None) -> BenchmarkResults:
     """Take the records as they come; after each one the file holds all there are."""
     from rich.console import Console
 
@@ -199,3 +204,4 @@ def _finish(records: Iterator[Record] | list[Record], path: Path | None) -> None
         console.print(figures)
         if path is not None:
             write_results(results(taken), path)
+    return results(taken)

@@ -113,8 +113,10 @@ def test_kernel_benchmark_covers_decode_tenants_prefill_and_gradient(
     monkeypatch.setattr(kernels, "SHAPES", {"tiny": ((24, 40),)})
     monkeypatch.setattr(kernels, "_POOL_BYTES", 1 << 16)
     arguments = ["kernels", "--seconds", "0", "--json", str(tmp_path / "found.json")]
+    arguments += ["--plot", str(tmp_path / "found.png")]
     assert CliRunner().invoke(app, arguments).exit_code == 0
     found = BenchmarkResults.model_validate_json((tmp_path / "found.json").read_text()).records
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     decode = {(r.case["bits"], r.case["tokens"], r.case["tenants"]) for r in found[1:]}
     assert decode >= {(bits, 8, count) for bits in (2, 3, 4) for count in (1, 8)}
     assert {r.metric for r in found} == {"copy_bytes_per_s", "time_s", "gradient_s"}
