@@ -62,21 +62,31 @@ def unpack_codes(planes: Tensor, columns: int) -> Tensor:
     Raises:
         ValueError: planes whose dtype or shape cannot hold ``columns`` codes a row.
     """
-    if planes.dtype != torch.uint8 or planes.dim() != 3:
-        raise ValueError(
-            f"planes: expected uint8 [bits, out, bytes], got {planes.dtype} {list(planes.shape)}"
-        )
+    check_planes(planes, columns)
     bits, rows, width = planes.shape
-    _check_bits(bits)
-    if width != plane_width(columns):
-        raise ValueError(
-            f"planes: {columns} columns need {plane_width(columns)} bytes a row, got {width}"
-        )
     codes = torch.zeros(rows, width, _BITS_PER_BYTE, dtype=torch.uint8, device=planes.device)
     for plane in range(bits):
         for position in range(_BITS_PER_BYTE):
             codes[:, :, position] |= ((planes[plane] >> position) & 1) << plane
     return codes.view(rows, width * _BITS_PER_BYTE)[:, :columns].contiguous()
+
+
+def check_planes(planes: Tensor, columns: int) -> None:
+    """Refuse what are no bit-planes of ``columns`` codes a row.
+
+    Raises:
+        ValueError: what was expected and what came.
+    """
+    if planes.dtype != torch.uint8 or planes.dim() != 3:
+        raise ValueError(
+            f"planes: expected uint8 [bits, out, bytes], got {planes.dtype} {list(planes.shape)}"
+        )
+    _check_bits(planes.shape[0])
+    if planes.shape[2] != plane_width(columns):
+        raise ValueError(
+            f"planes: {columns} columns need {plane_width(columns)} bytes a row, "
+            f"got {planes.shape[2]}"
+        )
 
 
 def _check_bits(bits: int) -> None:

@@ -20,6 +20,9 @@ _FUNCTIONS = {
     ),
     # tables, type; out, type; level
     "spallm_decode": (None, (*_CODES, _POINTER, _I32, _POINTER, _I32, _I32)),
+    # planes, rows, columns, groups, bits; packed
+    "spallm_pack": (None, (*_CODES, _POINTER)),
+    "spallm_unpack": (None, (*_CODES, _POINTER)),
     # values; sums; level
     "spallm_bucket_sums": (None, (*_CODES, _POINTER, _POINTER, _I32)),
 }  # fmt: skip

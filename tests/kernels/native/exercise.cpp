@@ -22,6 +22,8 @@ void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const cha
                    int32_t, int32_t);
 void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const float*, float*,
                         int32_t);
+void spallm_pack(const uint8_t*, int64_t, int64_t, int64_t, int32_t, uint8_t*);
+void spallm_unpack(uint8_t*, int64_t, int64_t, int64_t, int32_t, const uint8_t*);
 }
 
 using namespace spallm;
@@ -62,6 +64,25 @@ void compare(const Layout& layout, const char* what, int32_t level, const char* 
     const float a = load(found, i, type), b = load(wanted, i, type);
     if (!(std::fabs(a - b) <= tolerance * (1 + std::fabs(b)))) fail(layout, what, level, a, b);
   }
+}
+
+void repack(const Layout& layout) {
+  const int64_t width = (layout.columns + 7) / 8, bytes = layout.bits * layout.rows * width;
+  const int64_t packed_bytes = (1 + layout.rows) * layout.row_bytes();
+  Buffer planes(bytes), packed(packed_bytes), again(bytes);
+  for (int64_t i = 0; i < bytes; ++i) {
+    // The bits behind a row's last column are zero.
+    const int64_t live = layout.columns - i % width * 8;
+    planes.data()[i] = static_cast<char>(pick(0, 255) & (live >= 8 ? 255 : (1 << live) - 1));
+  }
+  std::memset(packed.data(), 0, packed_bytes);
+  std::memset(again.data(), 0, bytes);
+  auto* codes = reinterpret_cast<uint8_t*>(packed.data());
+  spallm_pack(reinterpret_cast<const uint8_t*>(planes.data()), layout.rows, layout.columns,
+              layout.groups, layout.bits, codes);
+  spallm_unpack(reinterpret_cast<uint8_t*>(again.data()), layout.rows, layout.columns,
+                layout.groups, layout.bits, codes);
+  if (std::memcmp(planes.data(), again.data(), bytes) != 0) fail(layout, "repack", 0, 0, 0);
 }
 
 void exercise(const Layout& layout) {
@@ -119,7 +140,9 @@ void exercise(const Layout& layout) {
 int main() {
   for (int round = 0; round < 50; ++round) {
     const int64_t groups = pick(1, 4), width = pick(0, 3) == 0 ? 32 * pick(1, 20) : pick(1, 300);
-    exercise(Layout{pick(1, 21), groups * width, groups, static_cast<int32_t>(pick(2, 4))});
+    const Layout layout{pick(1, 21), groups * width, groups, static_cast<int32_t>(pick(2, 4))};
+    repack(layout);
+    exercise(layout);
   }
   std::puts("done");
 }
