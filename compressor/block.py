@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from spallm_serve.checkpoint import LayerFormat
 from spallm_serve.compressor.block_walk import BlockWalk
-from spallm_serve.compressor.drift import DriftAccumulator, corrected_weights
+from spallm_serve.compressor.drift import DriftAccumulator
 from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.hessian import HessianAccumulator, settle_dead_columns
 from spallm_serve.compressor.plan import PlannedLayer
@@ -215,8 +215,7 @@ def _observe(
             drift.add(wanted, current)
             accumulator.add(current)
         # Now, while the Hessian is that of the tokens the drift was seen on.
-        weights = corrected_weights(weights, drift.finish(), accumulator.mean(), settings.damping)
-        del drift
+        weights = drift.correct(weights, accumulator, settings.damping)
     for current in currents:
         accumulator.add(current)
     return_freed_memory()

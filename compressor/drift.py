@@ -14,6 +14,7 @@ from torch import Tensor
 
 from spallm_serve.compressor.hessian import (
     ACCUMULATED_TOKENS,
+    HessianAccumulator,
     damped_cholesky,
     settle_dead_columns,
 )
@@ -37,36 +38,34 @@ class DriftAccumulator:
             self._cross.addmm_((wanted.float() - current).T, current)
             self._tokens += current.shape[0]
 
-    def finish(self) -> Tensor:
-        """P, float32 ``[columns, columns]``; nothing may be added afterwards."""
-        return self._cross.mul_(2.0 / max(self._tokens, 1))
+    def correct(
+        self, weights: dict[str, Tensor], inputs: HessianAccumulator, damping: float
+    ) -> dict[str, Tensor]:
+        """The weights to aim at; nothing may be added afterwards.
 
+        Args:
+            weights: float32 ``[out, columns]`` each.
+            inputs: of exactly the tokens that the drift was seen on. A token with a massive
+                activation that weighs more in P than in H would be corrected too far, and each
+                block after it further still.
+            damping: share of the mean diagonal added to the Hessian, as a ridge.
 
-def corrected_weights(
-    weights: dict[str, Tensor], drift: Tensor, hessian: Tensor, damping: float
-) -> dict[str, Tensor]:
-    """The weights to aim at.
+        Returns:
+            by the same names; the weights themselves where the Hessian could not be factored.
+        """
+        cross = self._cross.mul_(2.0 / max(self._tokens, 1))
+        projected = {name: weight @ cross for name, weight in weights.items()}
+        del self._cross, cross  # before the factor: each is as large as all weights together
 
-    The Hessian must be of exactly the tokens that the drift was seen on. A token with a massive
-    activation that weighs more in P than in H would be corrected too far, and each block after it
-    further still.
+        def settled() -> Tensor:
+            hessian = inputs.mean()
+            settle_dead_columns(hessian)
+            return hessian
 
-    Args:
-        weights: float32 ``[out, columns]`` each.
-        drift: float32 ``[columns, columns]``, P.
-        hessian: float32 ``[columns, columns]`` of the compressed model's inputs; its dead columns
-            are settled in place.
-        damping: share of the mean diagonal added to the Hessian, as a ridge.
-
-    Returns:
-        by the same names; the weights themselves where the Hessian could not be factored.
-    """
-    settle_dead_columns(hessian)
-    identity = torch.arange(hessian.shape[0], device=hessian.device)
-    lower, _, _ = damped_cholesky(hessian, identity, damping)
-    if lower is None:
-        return weights
-    return {
-        name: weight + torch.cholesky_solve((weight @ drift).T, lower).T
-        for name, weight in weights.items()
-    }
+        lower, _, _ = damped_cholesky(settled, damping)
+        if lower is None:
+            return weights
+        return {
+            name: weight + torch.cholesky_solve(projected.pop(name).T, lower).T
+            for name, weight in weights.items()
+        }

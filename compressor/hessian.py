@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -78,7 +79,9 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
         damping: share of the mean diagonal.
     """
     reverse = order.flip(0)
-    lower, share, raises = damped_cholesky(hessian, reverse, damping)
+    lower, share, raises = damped_cholesky(
+        lambda: hessian[reverse[:, None], reverse[None, :]], damping
+    )
     if lower is None:
         return DampedFactor(None, share, raises)
     inverse = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
@@ -88,19 +91,25 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
 
 
 def damped_cholesky(
-    hessian: Tensor, order: Tensor, damping: float
+    make_hessian: Callable[[], Tensor], damping: float
 ) -> tuple[Tensor | None, float, int]:
-    """Lower Cholesky factor of the damped Hessian, rows and columns in ``order``; the damping it
-    took and how often that was raised (see :func:`damped_factor`). None where every try failed."""
-    mean = hessian.diagonal().mean()
+    """Lower Cholesky factor of the damped Hessian; the damping it took and how often that was
+    raised (see :func:`damped_factor`). None where every try failed.
+
+    Args:
+        make_hessian: gives float32 ``[columns, columns]`` that the factor may overwrite.
+        damping: share of the mean diagonal.
+    """
     share = damping
     for raises in range(MAX_DAMPING_RAISES + 1):
         if raises:
             share = share * 10 if share > 0 else 1e-4
-        lower = hessian[order[:, None], order[None, :]]
-        lower.diagonal().add_(share * mean)
-        failed = torch.empty((), dtype=torch.int32, device=hessian.device)
+        lower = make_hessian()
+        diagonal = lower.diagonal()
+        diagonal.add_(share * diagonal.mean())
+        failed = torch.empty((), dtype=torch.int32, device=lower.device)
         torch.linalg.cholesky_ex(lower, out=(lower, failed))
         if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
             return lower, share, raises
+        del lower
     return None, share, MAX_DAMPING_RAISES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from spallm_serve.compressor.drift import DriftAccumulator, corrected_weights
+from spallm_serve.compressor.drift import DriftAccumulator
 from spallm_serve.compressor.hessian import HessianAccumulator
 
 
@@ -24,8 +24,7 @@ def corrected(
     for original, compressed in pairs:
         drift.add(original, compressed)
         hessian.add(compressed)
-    found = corrected_weights({"w": weight}, drift.finish(), hessian.mean(), damping)
-    return found["w"]
+    return drift.correct({"w": weight}, hessian, damping)["w"]
 
 
 def test_is_the_ridge_regression_onto_the_originals_outputs() -> None:

@@ -20,7 +20,7 @@ def test_kernels_stay_inside_their_buffers(tmp_path: Path) -> None:
         pytest.skip("no C++ compiler")
     program = tmp_path / "exercise"
     build = [
-        compiler, "-O1", "-g", "-std=c++17", "-fopenmp", "-fno-sanitize-recover=all",
+        compiler, "-O0", "-g1", "-std=c++17", "-fopenmp", "-fno-sanitize-recover=all",
         "-fsanitize=address,undefined", f"-I{SOURCES}", str(PROGRAM),
         *map(str, sorted(SOURCES.glob("*.cpp"))), "-o", str(program),
     ]  # fmt: skip
