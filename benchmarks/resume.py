@@ -36,7 +36,7 @@ def resume_records(
     finished_early = 0
     killed = scratch / "killed"
     for _ in range(kills):
-        if not _run(model_dir, killed, arguments, moments.uniform(0.05, 0.6) * duration):
+        if not _run(model_dir, killed, arguments, moments.uniform(0.03, 0.2) * duration):
             finished_early += 1
             break
     if not (killed / "config.json").is_file() or (killed / ".unfinished").exists():
