@@ -13,7 +13,7 @@ _LINEAR = "torch bfloat16 linear"
 def plot_kernels(found: BenchmarkResults, path: Path) -> None:
     """How many times faster than the bfloat16 linear, by tokens, a panel a shape.
 
-    Solid for one tenant, dashed for as many as there are tokens (64 at the most).
+    Solid for one tenant, dashed for several.
     """
     from matplotlib.figure import Figure
 
@@ -46,7 +46,7 @@ def _plot_shape(panel, shape: tuple[str, int, int], records: list[Record]) -> No
     for bits, colour in _COLOURS.items():
         for mixed, style in ((False, "-"), (True, "--")):
             points = sorted(_points(records, bits, mixed))
-            label = f"{bits} bits{', a tenant each' if mixed else ''}"
+            label = f"{bits} bits{', 8 tenants' if mixed else ''}"
             panel.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=label)
     panel.axhline(1, color="#888888", linewidth=0.8)
     panel.set_xscale("log", base=2)
