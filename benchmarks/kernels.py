@@ -25,13 +25,13 @@ SHAPES = {
     "Llama-3-8B": ((1024, 4096), (14336, 4096), (4096, 14336)),
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
-TOKENS = (1, 8, 32, 512)
+_PREFILL_TOKENS = 512
+TOKENS = (1, 8, 32, _PREFILL_TOKENS)
 TENANTS = (1, 8, 64)
 LORA_RANK = 16
 _POOL_BYTES = 512 << 20
 _POOL_LAYERS = 32
 _SECONDS = 0.5
-_PREFILL_TOKENS = 512
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[
     for tokens in TOKENS:
         x = torch.randn(tokens, layer.columns).bfloat16()
         functions: dict[str, Callable[[], object]] = {"linear": _linear(layer, x)}
-        counts = [count for count in TENANTS if count <= tokens] if tokens < 512 else [1]
+        counts = [count for count in TENANTS if count <= tokens and tokens < _PREFILL_TOKENS] or [1]
         for count in counts:
             functions[f"{count} tenants"] = _ours(layer, x, count)
         if tokens == 8:

@@ -23,7 +23,8 @@ def resume_records(
         model_dir: what to compress.
         scratch: for the two outputs.
         arguments: further options of ``spallm-compress``.
-        kills: how often; moments are uniform over the undisturbed run's duration.
+        kills: how often; each comes after a random 3 to 20 % of the undisturbed run's duration, so
+            that ten of them still fall inside the run.
         seed: of the moments.
 
     Raises:

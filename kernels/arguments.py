@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spallm_serve.kernels.packing import SUPPORTED_BITS
@@ -55,9 +56,7 @@ def check_forward(
         )
     _check_beside(tables, "tables", x)
     if slots is not None:
-        if slots.dim() != 1 or slots.shape[0] != x.shape[0] or slots.dtype.itemsize != 4:
-            raise ValueError(f"slots: expected int32 [{x.shape[0]}], got {_seen(slots)}")
-        if slots.is_floating_point():
+        if slots.dtype != torch.int32 or slots.shape != x.shape[:1]:
             raise ValueError(f"slots: expected int32 [{x.shape[0]}], got {_seen(slots)}")
         _check_beside(slots, "slots", x)
     if bias is not None:

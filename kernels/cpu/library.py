@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import sysconfig
 from functools import cache
 from pathlib import Path
 
@@ -39,20 +40,22 @@ def library() -> ctypes.CDLL:
     Raises:
         NativeLibraryError: not built (no compiler when the package was installed), or not loadable.
     """
-    built = sorted(Path(__file__).parent.glob("_native*.so"))
-    if not built:
+    built = Path(__file__).parent / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
+    if not built.is_file():
         raise NativeLibraryError(
             "the native kernels were not built; install a C++ compiler with OpenMP and then this "
             "package again"
         )
     _share_openmp()
     try:
-        native = ctypes.CDLL(str(built[0]))
-    except OSError as error:
-        raise NativeLibraryError(f"the native kernels do not load ({error})") from error
-    for name, (result, arguments) in _FUNCTIONS.items():
-        function = getattr(native, name)
-        function.restype, function.argtypes = result, arguments
+        native = ctypes.CDLL(str(built))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(native, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise NativeLibraryError(
+            f"the native kernels do not load ({error}); install this package again"
+        ) from error
     return native
 
 

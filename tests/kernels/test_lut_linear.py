@@ -15,8 +15,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from spallm_serve.kernels import choice, dispatch
 from spallm_serve.kernels.choice import FORCE_VARIABLE, explain, prepare_codes
 from spallm_serve.kernels.cpu import backend as cpu_backend
+from spallm_serve.kernels.cpu import library as native
 from spallm_serve.kernels.cpu.backend import CpuBackend
-from spallm_serve.kernels.cpu.library import LEVELS, NativeLibraryError, best_level
+from spallm_serve.kernels.cpu.library import LEVELS, NativeLibraryError, best_level, library
 from spallm_serve.kernels.dispatch import lut_linear
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.kernels.reference import dequantize
@@ -200,6 +201,21 @@ def test_without_a_native_library_the_reference_serves(monkeypatch: pytest.Monke
     assert_right(make_case(4))
 
 
+def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stale build lacks a function or two; it must not be called on trust."""
+    try:
+        library()
+    except NativeLibraryError as error:
+        pytest.skip(str(error))
+    monkeypatch.setitem(native._FUNCTIONS, "spallm_of_tomorrow", (None, ()))
+    library.cache_clear()
+    try:
+        with pytest.raises(NativeLibraryError, match=r"spallm_of_tomorrow.*install this package"):
+            library()
+    finally:
+        library.cache_clear()
+
+
 def test_the_choice_is_explained_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -242,6 +258,7 @@ BAD = {
     "tables of integers": ({"tables": torch.ones(3, 5, 2, 16).int()}, "tables: expected floating"),
     "slots of int64": ({"slots": torch.zeros(6, dtype=torch.int64)}, "slots: expected int32"),
     "slots of float32": ({"slots": torch.zeros(6)}, "slots: expected int32"),
+    "slots of uint32": ({"slots": torch.zeros(6, dtype=torch.uint32)}, "slots: expected int32"),
     "slots of other tokens": ({"slots": torch.zeros(5, dtype=torch.int32)}, r"int32 \[6\]"),
     "slots above": ({"slots": torch.tensor([0, 1, 2, 3, 0, 0]).int()}, "got 3 for token 3"),
     "slots below": ({"slots": torch.tensor([0, -1, 2, 0, 0, 0]).int()}, "got -1 for token 1"),

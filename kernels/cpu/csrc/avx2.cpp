@@ -120,14 +120,10 @@ float dot_float32(const float* a, const float* b, int64_t count) {
   return total;
 }
 
-void bucket_sums(const Layout& layout, const uint8_t* codes, const float* values, float* sums) {
-  kScalar.bucket_sums(layout, codes, values, sums);
-}
-
 }  // namespace
 
 const Kernels kAvx2 = {
-    "avx2", nullptr, decode_float32, decode_bfloat16, dot_float32, bucket_sums,
+    "avx2", nullptr, decode_float32, decode_bfloat16, dot_float32, scalar_bucket_sums,
 };
 
 }  // namespace spallm

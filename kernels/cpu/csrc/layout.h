@@ -81,6 +81,10 @@ struct Kernels {
   void (*bucket_sums)(const Layout& layout, const uint8_t* codes, const float* values, float* sums);
 };
 
+// Sums by code have no better way with AVX2.
+void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float* values,
+                        float* sums);
+
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;

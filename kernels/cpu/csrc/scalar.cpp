@@ -29,7 +29,10 @@ float dot(const float* a, const float* b, int64_t count) {
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
 }
 
-void bucket_sums(const Layout& layout, const uint8_t* codes, const float* values, float* sums) {
+}  // namespace
+
+void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float* values,
+                        float* sums) {
   const int64_t entries = layout.entries(), width = layout.width();
   for (int64_t g = 0; g < layout.groups; ++g) {
     // Two sets of buckets: neighbours with the same code then do not wait for each other's store.
@@ -46,10 +49,8 @@ void bucket_sums(const Layout& layout, const uint8_t* codes, const float* values
   }
 }
 
-}  // namespace
-
 const Kernels kScalar = {
-    "scalar", nullptr, decode<float, same>, decode<uint16_t, rounded>, dot, bucket_sums,
+    "scalar", nullptr, decode<float, same>, decode<uint16_t, rounded>, dot, scalar_bucket_sums,
 };
 
 }  // namespace spallm
