@@ -10,7 +10,7 @@ QUICK ?=
 setup: $(VENV)/.installed
 
 # torch first and alone: anything that asks for it before would bring a newer CUDA build.
-$(VENV)/.installed: requirements.txt pyproject.toml $(wildcard kernels/cpu/csrc/*)
+$(VENV)/.installed: requirements.txt pyproject.toml $(wildcard kernels/cpu/csrc/* compressor/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"

@@ -28,6 +28,12 @@ from spallm_serve.kernels.packing import SUPPORTED_BITS
 from spallm_serve.models import weight_of
 from spallm_serve.sketch import Sketch
 
+# Beside what comes with a model, a run may take 700 MB. The interpreter and its libraries take
+# about 350, a chunk of rows and a micro batch at work up to 120; this is left.
+WORKING_BYTES = 230_000_000
+# Matrices as large as the Hessian that correcting, factoring and rounding need at a time.
+_HESSIANS = 5
+
 
 @dataclass
 class BlockResult:
@@ -57,6 +63,7 @@ class BlockPair:
         inputs: what it reads behind the compressed blocks.
         original: the untouched block, or None where drift is not corrected.
         original_inputs: what that reads in the original model; the first micro batches are enough.
+        working_bytes: memory for Hessians and for passes that wait between groups of linears.
     """
 
     prefix: str
@@ -65,6 +72,7 @@ class BlockPair:
     inputs: BlockInputs
     original: nn.Module | None = None
     original_inputs: BlockInputs | None = None
+    working_bytes: int = WORKING_BYTES
 
     def weight(self, name: str) -> Tensor:
         """The weight of a linear as it is now: a float32 copy ``[out, in]``."""
@@ -163,13 +171,21 @@ def _observed_groups(
     """
     groups = pair.planned_groups(planned)
     stops = [group.names[0] for group in groups]
+    width = max((weight_of(pair.block.get_submodule(stop)).shape[1] for stop in stops), default=0)
+    waiting = max(0, pair.working_bytes - _HESSIANS * 4 * width**2)
+
+    def begin(block: nn.Module, inputs: BlockInputs, share: float) -> BlockWalk:
+        walk = BlockWalk(block, inputs, pair.index, stops, int(share * waiting))
+        return stack.enter_context(walk)
+
     with ExitStack() as stack:
-        walk = stack.enter_context(BlockWalk(pair.block, pair.inputs, pair.index, stops))
         original = None
+        share = 1.0
         if pair.original is not None and pair.original_inputs is not None:
-            original = stack.enter_context(
-                BlockWalk(pair.original, pair.original_inputs, pair.index, stops)
-            )
+            share = len(pair.inputs.hidden)
+            share /= share + len(pair.original_inputs.hidden)
+            original = begin(pair.original, pair.original_inputs, 1 - share)
+        walk = begin(pair.block, pair.inputs, share)
         for group in groups:
             yield group, *_observe(walk, original, group.names, pair, settings)
         walk.finish()
@@ -210,12 +226,12 @@ def _observe(
     accumulator = HessianAccumulator(columns, device)
     currents = walk.inputs_at(stop)
     if original is not None:
-        drift = DriftAccumulator(columns, device)
+        drift = DriftAccumulator(accumulator, columns, device)
         for wanted, current in zip(original.inputs_at(stop), currents, strict=False):
             drift.add(wanted, current)
-            accumulator.add(current)
         # Now, while the Hessian is that of the tokens the drift was seen on.
-        weights = drift.correct(weights, accumulator, settings.damping)
+        drift.correct(weights, settings.damping)
+        del drift
     for current in currents:
         accumulator.add(current)
     return_freed_memory()

@@ -3,7 +3,7 @@
 Linears have to be compressed in the order they run, each on inputs that the compressed ones before
 it made. Running the block anew for each of them costs more than twice the arithmetic; here a micro
 batch runs in a greenlet of its own that waits at each stop with its tensors in place. As many wait
-as fit into a fixed amount of memory; the rest do run anew, with the same result.
+as fit into a given amount of memory; the rest do run anew, with the same result.
 """
 
 from __future__ import annotations
@@ -17,8 +17,6 @@ from torch import Tensor, nn
 
 from spallm_serve.compressor.streaming import BlockInputs
 from spallm_serve.models import weight_of
-
-WAITING_BYTES = 40 << 20
 
 
 class BlockWalk:
@@ -41,7 +39,7 @@ class BlockWalk:
         inputs: BlockInputs,
         index: int,
         stops: list[str],
-        waiting_bytes: int = WAITING_BYTES,
+        waiting_bytes: int,
     ) -> None:
         self._inputs = inputs
         self._main = getcurrent()
@@ -53,11 +51,10 @@ class BlockWalk:
             return inputs.run(block, index, batch)
 
         self._run = run
-        room = waiting_bytes // _waiting_bytes(block, inputs.hidden[0], stops)
-        self._waiting = [self._new_pass() for _ in inputs.hidden[:room]]
-
-    def _new_pass(self) -> greenlet:
-        return greenlet(self._run, parent=self._main)
+        self._room = {
+            name: waiting_bytes // _waiting_bytes(block, inputs.hidden[0], name) for name in stops
+        }
+        self._waiting: dict[int, greenlet] = {}
 
     def __enter__(self) -> BlockWalk:
         return self
@@ -65,41 +62,39 @@ class BlockWalk:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for waiting in self._waiting:
+        for waiting in self._waiting.values():
             waiting.throw()
 
     def inputs_at(self, stop: str) -> Iterator[Tensor]:
-        """What the linear ``stop`` reads, micro batch by micro batch; each then waits there."""
+        """What the linear ``stop`` reads, micro batch by micro batch.
+
+        Each then waits there, if there is room.
+        """
         for batch in range(len(self._inputs.hidden)):
-            if batch < len(self._waiting):
-                reached, value = _resume(self._waiting[batch], batch)
+            current = self._take_up(batch)
+            reached = None
+            while reached != stop:
+                state = _resume(current, batch)
+                if current.dead:
+                    raise RuntimeError(f"the block ran to its end without a stop at {stop}")
+                reached, value = state
+            if batch < self._room[stop]:
+                self._waiting[batch] = current
             else:
-                reached, value = self._run_to(stop, batch)
-            if reached != stop:
-                raise RuntimeError(f"expected to stop at {stop}, stopped at {reached}")
+                current.throw()
             yield value
 
     def finish(self) -> None:
         """Run all micro batches to the end of the block and replace its inputs by its outputs."""
         for batch in range(len(self._inputs.hidden)):
-            if batch < len(self._waiting):
-                output = _resume(self._waiting[batch], batch)
-            else:
-                _, output = self._run_to(None, batch)
+            current = self._take_up(batch)
+            while not current.dead:
+                output = _resume(current, batch)
             self._inputs.hidden[batch] = output
 
-    def _run_to(self, stop: str | None, batch: int) -> tuple[str | None, Tensor]:
-        """Run a micro batch from the start of the block to a stop, or to its end."""
-        fresh = self._new_pass()
-        try:
-            while True:
-                reached = _resume(fresh, batch)
-                if fresh.dead:
-                    return None, reached
-                if reached[0] == stop:
-                    return stop, reached[1]
-        finally:
-            fresh.throw()
+    def _take_up(self, batch: int) -> greenlet:
+        """The pass of a micro batch where it waits, or a new one."""
+        return self._waiting.pop(batch, None) or greenlet(self._run, parent=self._main)
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -115,9 +110,7 @@ def _resume(waiting: greenlet, batch: int) -> Any:
         return waiting.switch() if waiting else waiting.switch(batch)
 
 
-def _waiting_bytes(block: nn.Module, hidden: Tensor, stops: list[str]) -> int:
-    """What one pass holds at the most: the residual, its norm, the block's input and what the
-    widest linear reads."""
-    widths = (weight_of(block.get_submodule(name)).shape[1] for name in stops)
-    widest = max(widths, default=0)
-    return hidden.nbytes // hidden.shape[-1] * (3 * hidden.shape[-1] + widest)
+def _waiting_bytes(block: nn.Module, hidden: Tensor, stop: str) -> int:
+    """About what one pass holds at a stop: the residual, its norm and what the linear reads."""
+    width = weight_of(block.get_submodule(stop)).shape[1]
+    return hidden.nbytes // hidden.shape[-1] * (2 * hidden.shape[-1] + width)

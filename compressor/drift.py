@@ -13,59 +13,61 @@ import torch
 from torch import Tensor
 
 from spallm_serve.compressor.hessian import (
-    ACCUMULATED_TOKENS,
     HessianAccumulator,
+    add_products,
     damped_cholesky,
     settle_dead_columns,
 )
 
+# Rows of a weight that are corrected at a time.
+_CHUNK_ROWS = 512
+
 
 class DriftAccumulator:
-    """Sums the drift of inputs that some linears share."""
+    """Sums the drift of inputs that some linears share.
 
-    def __init__(self, columns: int, device: torch.device | None = None) -> None:
+    Args:
+        inputs: of the compressed model; fed here, so that both see exactly the same tokens. A token
+            with a massive activation that weighs more in P than in H would be corrected too far,
+            and each block after it further still.
+    """
+
+    def __init__(self, inputs: HessianAccumulator, columns: int, device: torch.device) -> None:
+        self._inputs = inputs
         self._cross = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._tokens = 0
 
     def add(self, original: Tensor, compressed: Tensor) -> None:
         """Add the two models' inputs ``[..., columns]`` for the same tokens."""
-        width = compressed.shape[-1]
-        pairs = (
-            tensor.reshape(-1, width).split(ACCUMULATED_TOKENS) for tensor in (original, compressed)
-        )
-        for wanted, given in zip(*pairs, strict=True):
-            current = given.float()
-            self._cross.addmm_((wanted.float() - current).T, current)
-            self._tokens += current.shape[0]
+        columns = compressed.shape[-1]
+        add_products(self._cross, original.reshape(-1, columns), compressed.reshape(-1, columns))
+        self._tokens += compressed.numel() // columns
+        self._inputs.add(compressed)
 
-    def correct(
-        self, weights: dict[str, Tensor], inputs: HessianAccumulator, damping: float
-    ) -> dict[str, Tensor]:
-        """The weights to aim at; nothing may be added afterwards.
+    def correct(self, weights: dict[str, Tensor], damping: float) -> None:
+        """Replace the weights by those to aim at; nothing may be added afterwards.
+
+        They stay as they are where the Hessian cannot be factored.
 
         Args:
-            weights: float32 ``[out, columns]`` each.
-            inputs: of exactly the tokens that the drift was seen on. A token with a massive
-                activation that weighs more in P than in H would be corrected too far, and each
-                block after it further still.
+            weights: float32 ``[out, columns]`` each; overwritten.
             damping: share of the mean diagonal added to the Hessian, as a ridge.
-
-        Returns:
-            by the same names; the weights themselves where the Hessian could not be factored.
         """
-        cross = self._cross.mul_(2.0 / max(self._tokens, 1))
-        projected = {name: weight @ cross for name, weight in weights.items()}
-        del self._cross, cross  # before the factor: each is as large as all weights together
+        # The sum over (x - x_hat) x_hat^T, as the difference of two.
+        drift = self._cross.sub_(self._inputs.sums()).mul_(2.0 / max(self._tokens, 1))
+        projected = {name: weight @ drift for name, weight in weights.items()}
+        del self._cross, drift  # before the factor: each is as large as all weights together
 
         def settled() -> Tensor:
-            hessian = inputs.mean()
+            hessian = self._inputs.mean()
             settle_dead_columns(hessian)
             return hessian
 
         lower, _, _ = damped_cholesky(settled, damping)
         if lower is None:
-            return weights
-        return {
-            name: weight + torch.cholesky_solve(projected.pop(name).T, lower).T
-            for name, weight in weights.items()
-        }
+            return
+        for name, weight in weights.items():
+            for part, change in zip(
+                weight.split(_CHUNK_ROWS), projected.pop(name).split(_CHUNK_ROWS), strict=True
+            ):
+                part += torch.cholesky_solve(change.T, lower).T

@@ -8,32 +8,64 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spallm_serve.compressor import native
+
 MAX_DAMPING_RAISES = 6
 # Activations are made float32 so many tokens at a time.
-ACCUMULATED_TOKENS = 512
+_ACCUMULATED_TOKENS = 512
+# Matrices as large as a Hessian are turned over in place, so many rows at a time.
+_PANEL = 256
 
 
 class HessianAccumulator:
     """``H = (2 / n) * sum over tokens of x x^T`` in float32, for linears that share an input."""
 
     def __init__(self, columns: int, device: torch.device | None = None) -> None:
+        # Below the diagonal it is right only after it was mirrored.
         self._sum = torch.zeros(columns, columns, dtype=torch.float32, device=device)
         self._tokens = 0
 
     def add(self, inputs: Tensor) -> None:
         """Add a batch of inputs ``[..., columns]``."""
-        for part in inputs.reshape(-1, inputs.shape[-1]).split(ACCUMULATED_TOKENS):
-            flat = part.float()
-            self._sum.addmm_(flat.T, flat)
-            self._tokens += flat.shape[0]
+        flat = inputs.reshape(-1, inputs.shape[-1])
+        add_products(self._sum, flat, flat)
+        self._tokens += len(flat)
+
+    def sums(self) -> Tensor:
+        """The sum over the tokens added so far, float32 ``[columns, columns]``, not a copy."""
+        return _mirrored(self._sum)
 
     def mean(self) -> Tensor:
-        """The Hessian of what was added so far, float32 ``[columns, columns]``, a copy."""
-        return self._sum * (2.0 / max(self._tokens, 1))
+        """The Hessian of the tokens added so far, float32 ``[columns, columns]``, a copy."""
+        return self.sums() * (2.0 / max(self._tokens, 1))
 
     def finish(self) -> Tensor:
         """float32 ``[columns, columns]``; nothing may be added afterwards."""
-        return self._sum.mul_(2.0 / max(self._tokens, 1))
+        return self.sums().mul_(2.0 / max(self._tokens, 1))
+
+
+def add_products(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """``total += a^T b``; where ``a is b`` only what is at or above the diagonal is right then.
+
+    Args:
+        total: float32 ``[columns, columns]``.
+        a, b: floating point ``[tokens, columns]``.
+    """
+    if native.multiplies(a) and native.multiplies(b):
+        native.add_products(a.contiguous(), b.contiguous(), total)
+        return
+    for left, right in zip(a.split(_ACCUMULATED_TOKENS), b.split(_ACCUMULATED_TOKENS), strict=True):
+        total.addmm_(left.float().T, right.float())
+
+
+def _mirrored(upper: Tensor) -> Tensor:
+    """Copy what is above the diagonal below it, in place."""
+    for start in range(0, len(upper), _PANEL):
+        panel = upper[start : start + _PANEL]
+        own = panel[:, start : start + _PANEL]
+        own.copy_(own.triu() + own.triu(1).T)
+        upper[start + _PANEL :, start : start + _PANEL] = panel[:, start + _PANEL :].T
+    return upper
 
 
 @dataclass(frozen=True)
@@ -84,10 +116,38 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
     )
     if lower is None:
         return DampedFactor(None, share, raises)
-    inverse = torch.eye(len(order), dtype=hessian.dtype, device=hessian.device)
-    torch.linalg.solve_triangular(lower, inverse, upper=False, out=inverse)
-    del lower
-    return DampedFactor(inverse.flip(0, 1), share, raises)
+    return DampedFactor(_turned_round(_inverted_lower(lower)), share, raises)
+
+
+def _inverted_lower(lower: Tensor) -> Tensor:
+    """Invert a lower triangular matrix in place, from the right a panel of columns at a time.
+
+    With the corner beyond a panel inverted already, the panel below its own triangle D becomes
+    ``-corner @ panel @ D^-1``.
+    """
+    identity = torch.eye(min(_PANEL, len(lower)), dtype=lower.dtype, device=lower.device)
+    for start in reversed(range(0, len(lower), _PANEL)):
+        own, below = slice(start, start + _PANEL), slice(start + _PANEL, None)
+        width = len(lower[own])
+        triangle = torch.linalg.solve_triangular(
+            lower[own, own], identity[:width, :width], upper=False
+        )
+        lower[below, own] = lower[below, below] @ lower[below, own] @ -triangle
+        lower[own, own] = triangle
+    return lower
+
+
+def _turned_round(matrix: Tensor) -> Tensor:
+    """Reverse the order of rows and of columns in place."""
+    flat = matrix.view(-1)
+    half, step = flat.numel() // 2, _PANEL * len(matrix)
+    for start in range(0, half, step):
+        stop = min(start + step, half)
+        front, back = flat[start:stop], flat[flat.numel() - stop : flat.numel() - start]
+        kept = front.flip(0)
+        front.copy_(back.flip(0))
+        back.copy_(kept)
+    return matrix
 
 
 def damped_cholesky(

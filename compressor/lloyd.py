@@ -10,6 +10,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spallm_serve.compressor import native
+
 MAX_ITERATIONS = 50
 # So many tell which start is the best of a row; only that one is followed to its end.
 _TRIAL_ITERATIONS = 16
@@ -34,6 +36,15 @@ def lloyd_tables(values: Tensor, weights: Tensor, clusters: int) -> Tensor:
         float32 ``[rows, clusters]``, ascending in each row.
     """
     rows, columns = values.shape
+    if native.usable_for(values) and columns:
+        return native.lloyd(
+            values.contiguous(),
+            weights.contiguous(),
+            clusters,
+            _TRIAL_ITERATIONS,
+            MAX_ITERATIONS,
+            _DENSITY_POINTS,
+        )
     chunk = max(1, _CHUNK_ELEMENTS // max(columns, 1))
     parts = [
         _lloyd_rows(values[start : start + chunk], weights, clusters)

@@ -10,9 +10,16 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from spallm_serve.compressor.rounding import BLOCK_COLUMNS, TransposedTables
+from spallm_serve.compressor import native
+from spallm_serve.compressor.rounding import TransposedTables, column_blocks
 from spallm_serve.kernels.reference import dequantize
 
+# Systems larger than this, from many groups, cost more to form than to iterate on.
+_SOLVED_ENTRIES = 128
+# Share added to the diagonal of a system: what float32 sums leave uncertain of it.
+_RIDGE = 1e-6
+# Enough for all of the gain at 4 bits; the start is near the optimum already.
+_REFIT_STEPS = 4
 _RELATIVE_TOLERANCE = 1e-12
 _CHUNK_WEIGHTS = 1 << 18
 
@@ -23,43 +30,60 @@ def output_error(weight: Tensor, approximation: Tensor, hessian: Tensor) -> Tens
     return ((difference @ hessian) * difference).sum(dim=1)
 
 
-def refit_tables(
-    weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor, steps: int | None = None
-) -> Tensor:
+def refit_tables(codes: Tensor, tables: Tensor, gradient: Tensor, hessian: Tensor) -> Tensor:
     """Least-squares tables for given codes: minimise :func:`output_error` over the entries.
 
-    The normal equations of a row, ``P^T H P c = P^T H w`` with P the one-hot codes, are solved by
-    conjugate gradients for all rows at once: ``P c`` is a look-up and ``P^T v`` a bucket sum, so
-    one step costs a single product with H and the [clusters, clusters] systems are never formed.
-    In exact arithmetic as many steps as a row has table entries suffice, which is the default; the
-    objective falls with every step. An entry that no code uses keeps its value.
+    The normal equations of a row are ``P^T H P step = -P^T gradient``, P the one-hot codes. An
+    entry that no code uses keeps its value.
 
     Args:
-        weight: float32 ``[rows, columns]``.
         codes: uint8 ``[rows, columns]``.
         tables: float32 ``[rows, groups, clusters]``, the starting point.
+        gradient: float32 ``[rows, columns]``, ``(W_hat - W) H`` for these tables and codes.
         hessian: float32 ``[columns, columns]``, positive definite.
-        steps: of conjugate gradients at most.
 
     Returns:
         float32 ``[rows, groups, clusters]``; not sorted.
     """
-    counts = _bucket_sums(torch.ones_like(weight), codes, tables.shape)
+    _, groups, clusters = tables.shape
+    residual = -_bucket_sums(gradient, codes, tables.shape)
+    if native.usable_for(codes) and groups * clusters <= _SOLVED_ENTRIES:
+        return tables + native.solve_tables(codes, hessian, residual.float(), _RIDGE)
+    return tables + _conjugate_gradients(codes, residual, hessian, _REFIT_STEPS).float()
+
+
+def _conjugate_gradients(codes: Tensor, residual: Tensor, hessian: Tensor, steps: int) -> Tensor:
+    """Solve the normal equations for all rows at once, on any device.
+
+    ``P c`` is a look-up and ``P^T v`` a bucket sum, so one step costs a single product with H and
+    the systems are never formed. In exact arithmetic as many steps as a row has table entries
+    suffice; the objective falls with every step.
+
+    Args:
+        codes: uint8 ``[rows, columns]``.
+        residual: float64 ``[rows, groups, clusters]``, the right-hand sides.
+        hessian: float32 ``[columns, columns]``.
+        steps: at most.
+
+    Returns:
+        float64 ``[rows, groups, clusters]``.
+    """
+    ones = hessian.new_ones(codes.shape)
+    counts = _bucket_sums(ones, codes, residual.shape)
     # Jacobi preconditioner: about an entry's own curvature, the sum of diag H over its columns.
-    own = _bucket_sums(hessian.diagonal().repeat(len(weight), 1), codes, tables.shape)
+    own = _bucket_sums(ones * hessian.diagonal(), codes, residual.shape)
     scale = torch.where(counts > 0, 1.0 / own.clamp(min=1e-30), torch.zeros_like(counts))
 
-    solution = tables.double()
-    residual = _bucket_sums((weight - dequantize(codes, tables)) @ hessian, codes, tables.shape)
+    solution = torch.zeros_like(residual)
     direction = scale * residual
     strength = (residual * direction).sum(dim=(1, 2))
     target = strength * _RELATIVE_TOLERANCE
-    for _ in range(tables.shape[1] * tables.shape[2] if steps is None else steps):
+    for _ in range(steps):
         active = strength > target
         if not bool(active.any()):
             break
         step = dequantize(codes, direction.float())
-        curved = _bucket_sums(step @ hessian, codes, tables.shape)
+        curved = _bucket_sums(step @ hessian, codes, residual.shape)
         curvature = (direction * curved).sum(dim=(1, 2))
         alpha = torch.where(active & (curvature > 0), strength / curvature, 0.0)[:, None, None]
         solution = solution + alpha * direction
@@ -69,12 +93,17 @@ def refit_tables(
         beta = torch.where(active, updated / strength, 0.0)[:, None, None]
         direction = preconditioned + beta * direction
         strength = updated
-    return solution.float()
+    return solution
 
 
 def descend_codes(
-    weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor, cycles: int
-) -> Tensor:
+    codes: Tensor,
+    tables: Tensor,
+    approximation: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    cycles: int,
+) -> None:
     """Cyclic coordinate descent on the codes, the tables held fixed.
 
     With the other columns as they are, the best value for column j is
@@ -83,39 +112,47 @@ def descend_codes(
     :func:`output_error`.
 
     Args:
-        weight: float32 ``[rows, columns]``.
-        codes: uint8 ``[rows, columns]``.
+        codes: uint8 ``[rows, columns]``; rewritten.
         tables: float32 ``[rows, groups, clusters]``, ascending.
+        approximation: float32 ``[rows, columns]``, what the codes and tables stand for; kept so.
+        gradient: float32 ``[rows, columns]``, ``(W_hat - W) H``; kept so.
         hessian: float32 ``[columns, columns]``, positive diagonal.
         cycles: passes over all columns.
-
-    Returns:
-        uint8 ``[rows, columns]``, new codes.
     """
-    columns = weight.shape[1]
-    approximation = dequantize(codes, tables)
-    gradient = (approximation - weight) @ hessian
-    chosen_codes = codes.T.contiguous()
-    lookup = TransposedTables(tables)
-    group_width = columns // tables.shape[1]
-    inverse_diagonal = (1.0 / hessian.diagonal()).tolist()
+    columns = codes.shape[1]
+    descend = native.descend_columns if native.usable_for(codes) else _descend_columns
+    group_of = torch.arange(columns, device=codes.device) // (columns // tables.shape[1])
+    tables = tables.contiguous()
     for _ in range(cycles):
-        for start in range(0, columns, BLOCK_COLUMNS):
-            stop = min(start + BLOCK_COLUMNS, columns)
-            current = approximation[:, start:stop].T.contiguous()
-            slope = gradient[:, start:stop].T.contiguous()
-            changes = torch.empty_like(current)
-            local = hessian[start:stop, start:stop].contiguous()
-            for i in range(stop - start):
-                column = start + i
-                wanted = torch.add(current[i], slope[i], alpha=-inverse_diagonal[column])
-                code, chosen = lookup.nearest(wanted, column // group_width)
-                chosen_codes[column] = code
-                torch.sub(chosen, current[i], out=changes[i])
-                slope.addr_(local[i], changes[i])
-            approximation[:, start:stop] += changes.T
-            gradient.addmm_(changes.T, hessian[start:stop])
-    return chosen_codes.T.contiguous()
+        for block in column_blocks(columns):
+            changes = descend(approximation, gradient, tables, group_of, hessian, codes, block)
+            gradient.addmm_(changes, hessian[block])
+
+
+def _descend_columns(
+    approximation: Tensor,
+    gradient: Tensor,
+    tables: Tensor,
+    group_of: Tensor,
+    hessian: Tensor,
+    codes: Tensor,
+    columns: slice,
+) -> Tensor:
+    """One block, on any device; see :func:`spallm_serve.compressor.native.descend_columns`."""
+    current = approximation[:, columns].T.contiguous()
+    slope = gradient[:, columns].T.contiguous()
+    changes = torch.empty_like(current)
+    local = hessian[columns, columns].contiguous()
+    inverse_diagonal = (1.0 / local.diagonal()).tolist()
+    lookup = TransposedTables(tables)
+    for i, group in enumerate(group_of[columns].tolist()):
+        wanted = torch.add(current[i], slope[i], alpha=-inverse_diagonal[i])
+        code, chosen = lookup.nearest(wanted, group)
+        codes[:, columns.start + i] = code
+        torch.sub(chosen, current[i], out=changes[i])
+        slope.addr_(local[i], changes[i])
+    approximation[:, columns] += changes.T
+    return changes.T
 
 
 def sort_tables(codes: Tensor, tables: Tensor) -> tuple[Tensor, Tensor]:

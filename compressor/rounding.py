@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from spallm_serve.compressor import native
+
 BLOCK_COLUMNS = 128
 
 
@@ -45,23 +47,36 @@ def round_with_feedback(weight: Tensor, tables: Tensor, groups: Tensor, factor: 
     Returns:
         uint8 ``[rows, columns]`` codes.
     """
-    rows, columns = weight.shape
-    work = weight.clone()
-    codes = torch.empty(columns, rows, dtype=torch.uint8, device=weight.device)
+    columns = weight.shape[1]
+    work = weight.clone(memory_format=torch.contiguous_format)
+    codes = torch.empty(work.shape, dtype=torch.uint8, device=work.device)
+    round_columns = native.round_columns if native.usable_for(work) else _round_columns
+    tables, groups, factor = tables.contiguous(), groups.contiguous(), factor.contiguous()
+    for block in column_blocks(columns):
+        errors = round_columns(work, tables, groups, factor, codes, block)
+        if block.stop < columns:
+            work[:, block.stop :].addmm_(errors, factor[block, block.stop :], alpha=-1)
+    return codes
+
+
+def column_blocks(columns: int) -> list[slice]:
+    """The blocks of columns that rounding and descent walk, in order."""
+    starts = range(0, columns, BLOCK_COLUMNS)
+    return [slice(start, min(start + BLOCK_COLUMNS, columns)) for start in starts]
+
+
+def _round_columns(
+    work: Tensor, tables: Tensor, groups: Tensor, factor: Tensor, codes: Tensor, columns: slice
+) -> Tensor:
+    """One block, on any device; see :func:`spallm_serve.compressor.native.round_columns`."""
+    block = work[:, columns].T.contiguous()
+    errors = torch.empty_like(block)
+    local = factor[columns, columns].contiguous()
+    diagonal = local.diagonal().tolist()
     lookup = TransposedTables(tables)
-    group_of = groups.tolist()
-    diagonal = factor.diagonal().tolist()
-    for start in range(0, columns, BLOCK_COLUMNS):
-        stop = min(start + BLOCK_COLUMNS, columns)
-        block = work[:, start:stop].T.contiguous()
-        errors = torch.empty_like(block)
-        local = factor[start:stop, start:stop].contiguous()
-        for i in range(stop - start):
-            code, chosen = lookup.nearest(block[i], group_of[start + i])
-            codes[start + i] = code
-            torch.sub(block[i], chosen, out=errors[i]).div_(diagonal[start + i])
-            if i + 1 < stop - start:
-                block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
-        if stop < columns:
-            work[:, stop:].addmm_(errors.T, factor[start:stop, stop:], alpha=-1)
-    return codes.T.contiguous()
+    for i, group in enumerate(groups[columns].tolist()):
+        code, chosen = lookup.nearest(block[i], group)
+        codes[:, columns.start + i] = code
+        torch.sub(block[i], chosen, out=errors[i]).div_(diagonal[i])
+        block[i + 1 :].addr_(local[i, i + 1 :], errors[i], alpha=-1)
+    return errors.T

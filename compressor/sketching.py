@@ -20,10 +20,8 @@ from spallm_serve.compressor.rounding import round_with_feedback
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.kernels.reference import dequantize
 
-# Enough for all of the gain at 4 bits; the start is near the optimum already.
-_REFIT_STEPS = 4
 # Temporaries take about 30 bytes a weight; rows are independent, so they go in chunks.
-_CHUNK_WEIGHTS = 4 << 20
+_CHUNK_WEIGHTS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def sketch_weight(
     weight_exponent: float,
     refit: bool,
     descent_cycles: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Compress a weight: Lloyd tables, rounding with error feedback, then refit.
 
     Groups are contiguous in the original column order while rounding walks the columns by falling
@@ -90,8 +88,8 @@ def sketch_weight(
         descent_cycles: passes of coordinate descent over the codes during the refit.
 
     Returns:
-        codes uint8 ``[out, in]`` and tables float32 ``[out, groups, 2**bits]``, ascending, every
-        value representable in float16.
+        codes uint8 ``[out, in]``; tables float32 ``[out, groups, 2**bits]``, ascending, every value
+        representable in float16; their :func:`output_error`, float32 ``[out]``.
     """
     columns = weight.shape[1]
     order, factor = inputs.order, inputs.factor.upper
@@ -110,11 +108,17 @@ def sketch_weight(
         ],
         dim=1,
     )
+    tables = as_stored(tables)
     codes = torch.empty(weight.shape, dtype=torch.uint8, device=weight.device)
     codes[:, order] = round_with_feedback(ordered, tables, group_of, factor)
     if refit:
-        codes, tables = refine_sketch(weight, codes, tables, inputs.hessian, descent_cycles)
-    return codes, tables.half().float()
+        return refine_sketch(weight, codes, tables, inputs.hessian, descent_cycles)
+    return codes, tables, output_error(weight, dequantize(codes, tables), inputs.hessian)
+
+
+def as_stored(tables: Tensor) -> Tensor:
+    """The float32 values that tables have once they were on disk, in float16."""
+    return tables.half().float()
 
 
 @dataclass(frozen=True)
@@ -154,7 +158,7 @@ def sketch_rows(
     parts = []
     for start in range(0, weight.shape[0], chunk):
         part = weight[start : start + chunk].to(inputs.hessian.device, torch.float32)
-        codes, tables = sketch_weight(
+        codes, tables, error = sketch_weight(
             part,
             inputs,
             chosen.bits,
@@ -163,7 +167,6 @@ def sketch_rows(
             refit=settings.refit,
             descent_cycles=settings.descent_cycles,
         )
-        error = output_error(part, dequantize(codes, tables), inputs.hessian)
         energy = output_error(part, torch.zeros_like(part), inputs.hessian)
         parts.append((codes.cpu(), tables.cpu(), error.double().cpu(), energy.double().cpu()))
     return SketchedRows(*(torch.cat(column) for column in zip(*parts, strict=True)))
@@ -171,20 +174,31 @@ def sketch_rows(
 
 def refine_sketch(
     weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor, descent_cycles: int
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor]:
     """Refit the tables, descend on the codes, refit again; a row that did not gain stays as it was.
 
     Args and returns are as in :func:`sketch_weight`.
     """
     start_codes, start_tables = codes, tables
-    tables = refit_tables(weight, codes, tables, hessian, _REFIT_STEPS)
-    codes, tables = sort_tables(codes, tables)
+    approximation = dequantize(codes, tables)
+    gradient = (approximation - weight) @ hessian
+    before = (gradient * (approximation - weight)).sum(dim=1)
+    codes, tables = _refitted(codes, tables, gradient, hessian)
     if descent_cycles:
-        codes = descend_codes(weight, codes, tables, hessian, descent_cycles)
-        tables = refit_tables(weight, codes, tables, hessian, _REFIT_STEPS)
-        codes, tables = sort_tables(codes, tables)
-    before = output_error(weight, dequantize(start_codes, start_tables), hessian)
+        approximation = dequantize(codes, tables)
+        torch.matmul(approximation - weight, hessian, out=gradient)
+        descend_codes(codes, tables, approximation, gradient, hessian, descent_cycles)
+        codes, tables = _refitted(codes, tables, gradient, hessian)
+    del gradient, approximation
+    tables = as_stored(tables)
     after = output_error(weight, dequantize(codes, tables), hessian)
     better = after < before
     codes = torch.where(better[:, None], codes, start_codes)
-    return codes, torch.where(better[:, None, None], tables, start_tables)
+    tables = torch.where(better[:, None, None], tables, start_tables)
+    return codes, tables, torch.where(better, after, before)
+
+
+def _refitted(
+    codes: Tensor, tables: Tensor, gradient: Tensor, hessian: Tensor
+) -> tuple[Tensor, Tensor]:
+    return sort_tables(codes, refit_tables(codes, tables, gradient, hessian))

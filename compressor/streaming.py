@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -34,11 +34,13 @@ class BlockInputs:
         hidden: ``[batch, seqlen, width]`` a micro batch; replaced block by block.
         calls: for each block the positional and keyword arguments beside the hidden states.
         returns_tuple: whether the blocks of this architecture return a tuple.
+        groups: what :func:`group_by_input` saw of blocks made of certain modules.
     """
 
     hidden: list[Tensor]
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     returns_tuple: bool = False
+    groups: dict[tuple[tuple[str, type], ...], list[InputGroup]] = field(default_factory=dict)
 
     def run(self, block: nn.Module, index: int, batch: int) -> Tensor:
         """The output of block ``index`` for one micro batch."""
@@ -172,12 +174,20 @@ class InputGroup:
     follows_norm: bool
 
 
-@torch.no_grad()
 def group_by_input(block: nn.Module, inputs: BlockInputs, index: int) -> list[InputGroup]:
     """The linears of a block in the order they run, those that read one tensor together.
 
-    For a Llama block: [q, k, v], [o], [gate, up], [down].
+    For a Llama block: [q, k, v], [o], [gate, up], [down]. Seen from a run with one micro batch,
+    once for all blocks made of the same modules.
     """
+    made_of = tuple((name, type(module)) for name, module in block.named_modules())
+    if made_of not in inputs.groups:
+        inputs.groups[made_of] = _observed_groups(block, inputs, index)
+    return inputs.groups[made_of]
+
+
+@torch.no_grad()
+def _observed_groups(block: nn.Module, inputs: BlockInputs, index: int) -> list[InputGroup]:
     groups: list[tuple[Tensor, list[str]]] = []
     normalised: list[Tensor] = []
 

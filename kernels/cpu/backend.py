@@ -20,7 +20,8 @@ from spallm_serve.kernels.cpu.layout import (
     row_bytes,
     to_cpu_layout,
 )
-from spallm_serve.kernels.cpu.library import LEVELS, NativeLibraryError, best_level, library
+from spallm_serve.kernels.cpu.library import LEVELS, best_level, library
+from spallm_serve.kernels.native import NativeLibraryError
 from spallm_serve.kernels.reference import slot_runs
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}

@@ -1,11 +1,12 @@
-"""Find and load the compiled kernels; no torch headers and one OpenMP runtime in the process."""
+"""The compiled CPU kernels of this package."""
 
 from __future__ import annotations
 
 import ctypes
-import sysconfig
 from functools import cache
 from pathlib import Path
+
+from spallm_serve.kernels.native import load_native
 
 LEVELS = ("scalar", "avx2", "avx512")
 
@@ -29,54 +30,17 @@ _FUNCTIONS = {
 }  # fmt: skip
 
 
-class NativeLibraryError(RuntimeError):
-    """The compiled kernels are not there or do not load; says why."""
-
-
 @cache
 def library() -> ctypes.CDLL:
     """The compiled kernels with their signatures.
 
     Raises:
-        NativeLibraryError: not built (no compiler when the package was installed), or not loadable.
+        NativeLibraryError: not built, or not loadable.
     """
-    built = Path(__file__).parent / f"_native{sysconfig.get_config_var('EXT_SUFFIX')}"
-    if not built.is_file():
-        raise NativeLibraryError(
-            "the native kernels were not built; install a C++ compiler with OpenMP and then this "
-            "package again"
-        )
-    _share_openmp()
-    try:
-        native = ctypes.CDLL(str(built))
-        for name, (result, arguments) in _FUNCTIONS.items():
-            function = getattr(native, name)
-            function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
-        raise NativeLibraryError(
-            f"the native kernels do not load ({error}); install this package again"
-        ) from error
-    return native
+    return load_native(Path(__file__).parent, _FUNCTIONS)
 
 
 @cache
 def best_level() -> int:
     """Position in :data:`LEVELS` of the best instructions that this processor has."""
     return int(library().spallm_cpu_level())
-
-
-def _share_openmp() -> None:
-    """Offer the OpenMP runtime that torch has loaded to the kernels, which name none of their own.
-
-    Two runtimes would be two thread pools fighting for the cores; with one,
-    ``torch.set_num_threads`` counts for the kernels too.
-    """
-    try:
-        mapped = Path("/proc/self/maps").read_text().splitlines()
-    except OSError:
-        return
-    for line in mapped:
-        path = line.split(maxsplit=5)[-1]
-        if Path(path).name.startswith("libgomp"):
-            ctypes.CDLL(path, mode=ctypes.RTLD_GLOBAL)
-            return

@@ -6,12 +6,16 @@ import pytest
 import torch
 from torch import Tensor
 
+from spallm_serve.compressor import hessian
 from spallm_serve.compressor.hessian import (
     MAX_DAMPING_RAISES,
     HessianAccumulator,
+    add_products,
     damped_factor,
     settle_dead_columns,
 )
+
+pytestmark = pytest.mark.usefixtures("loops")
 
 
 def random_inputs(tokens: int, columns: int, seed: int = 0) -> Tensor:
@@ -47,6 +51,36 @@ def test_accumulator_equals_two_over_n_times_the_gram_matrix(dtype: torch.dtype)
     torch.testing.assert_close(found.double(), exact, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("columns", [1, 15, 16, 47, 64, 130])
+@pytest.mark.parametrize("tokens", [1, 2, 511, 515])
+def test_products_of_any_shape(columns: int, tokens: int) -> None:
+    """bfloat16 activations have a loop of their own, in tiles of columns and pairs of tokens."""
+    a, b = (random_inputs(tokens, columns, seed).bfloat16() for seed in (0, 1))
+    for other in (a, b):
+        total = torch.ones(columns, columns)
+        add_products(total, a, other)
+        exact = 1 + a.double().T @ other.double()
+        if other is a:
+            total, exact = total.triu(), exact.triu()
+        torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-4 * columns)
+
+
+def test_strided_activations_are_read_right() -> None:
+    wide = random_inputs(40, 24).bfloat16()
+    total = torch.zeros(8, 8)
+    add_products(total, wide[:, ::3], wide[:, 1::3])
+    exact = wide[:, ::3].double().T @ wide[:, 1::3].double()
+    torch.testing.assert_close(total.double(), exact, rtol=1e-5, atol=1e-3)
+
+
+@pytest.mark.parametrize("columns", [1, 5, 256, 300, 515])
+def test_what_is_turned_over_in_place(columns: int) -> None:
+    matrix = torch.randn(columns, columns, generator=torch.Generator().manual_seed(0))
+    expected = matrix.triu() + matrix.triu(1).T
+    assert torch.equal(hessian._mirrored(matrix.clone()), expected)
+    assert torch.equal(hessian._turned_round(matrix.clone()), matrix.flip(0, 1))
+
+
 def test_accumulator_takes_a_single_token_and_leaves_it_alone() -> None:
     token = torch.tensor([1.0, 2.0, -3.0])
     accumulator = HessianAccumulator(3)
@@ -72,7 +106,7 @@ def test_live_hessian_is_unchanged_by_settling() -> None:
     assert torch.equal(hessian, before)
 
 
-@pytest.mark.parametrize("columns", [1, 2, 33])
+@pytest.mark.parametrize("columns", [1, 2, 33, 300, 513])
 @pytest.mark.parametrize("damping", [0.0, 0.01, 0.1, 1.0])
 def test_factor_equals_the_cholesky_of_the_inverse(columns: int, damping: float) -> None:
     hessian = random_hessian(columns) + 0.1 * torch.eye(columns)

@@ -16,6 +16,8 @@ from torch import Tensor
 from spallm_serve.compressor import lloyd
 from spallm_serve.compressor.lloyd import lloyd_tables
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def objective(values: Tensor, weights: Tensor, tables: Tensor) -> Tensor:
     """Weighted squared distance to the nearest entry, float64 ``[rows]``."""

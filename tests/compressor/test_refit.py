@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from spallm_serve.compressor import refit
 from spallm_serve.compressor.refit import (
     descend_codes,
     output_error,
@@ -15,6 +16,36 @@ from spallm_serve.compressor.refit import (
 from spallm_serve.kernels.reference import dequantize
 
 CASES = [(17, 2, 1), (30, 3, 3), (64, 4, 2), (260, 2, 4)]  # columns, bits, groups
+
+
+pytestmark = pytest.mark.usefixtures("loops")
+
+
+@pytest.fixture(autouse=True)
+def to_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Conjugate gradients, which stop early by default, go on until nothing is left to gain."""
+    monkeypatch.setattr(refit, "_REFIT_STEPS", 64)
+
+
+def gradient_of(weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor) -> Tensor:
+    return (dequantize(codes, tables) - weight) @ hessian
+
+
+def refitted(weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor) -> Tensor:
+    return refit_tables(codes, tables, gradient_of(weight, codes, tables, hessian), hessian)
+
+
+def descended(
+    weight: Tensor, codes: Tensor, tables: Tensor, hessian: Tensor, cycles: int
+) -> Tensor:
+    """The codes after some cycles; what is kept up to date beside them is looked at, too."""
+    codes, approximation = codes.clone(), dequantize(codes, tables)
+    gradient = gradient_of(weight, codes, tables, hessian)
+    descend_codes(codes, tables, approximation, gradient, hessian, cycles)
+    torch.testing.assert_close(approximation, dequantize(codes, tables))
+    expected = gradient_of(weight, codes, tables, hessian)
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-3 * float(expected.std()))
+    return codes
 
 
 def random_hessian(columns: int, common: float = 2.0, outlier: float = 1.0) -> Tensor:
@@ -82,7 +113,7 @@ def test_output_error_is_the_squared_error_of_the_outputs() -> None:
 def test_refit_equals_least_squares(columns: int, bits: int, groups: int) -> None:
     weight, codes, tables, _ = random_problem(columns, bits, groups)
     hessian = random_hessian(columns, common=0.0)
-    found = refit_tables(weight, codes, tables, hessian)
+    found = refitted(weight, codes, tables, hessian)
     assert found.dtype == torch.float32
     exact = exact_tables(weight, codes, tables, hessian)
     used = ~exact.isnan()
@@ -95,7 +126,7 @@ def test_refit_reaches_the_optimum_under_correlated_inputs(
     columns: int, bits: int, groups: int
 ) -> None:
     weight, codes, tables, hessian = random_problem(columns, bits, groups)
-    found = refit_tables(weight, codes, tables, hessian)
+    found = refitted(weight, codes, tables, hessian)
     exact = exact_tables(weight, codes, tables, hessian)
     best = exact_error(weight, dequantize(codes, exact), hessian)
     reached = exact_error(weight, dequantize(codes, found), hessian)
@@ -106,7 +137,7 @@ def test_refit_reaches_the_optimum_under_correlated_inputs(
 def test_refit_reaches_the_optimum_beside_an_outlier_channel() -> None:
     weight, codes, tables, _ = random_problem(256, 4, 8)
     hessian = random_hessian(256, outlier=300.0)
-    found = refit_tables(weight, codes, tables, hessian)
+    found = refitted(weight, codes, tables, hessian)
     exact = exact_tables(weight, codes, tables, hessian)
     best = exact_error(weight, dequantize(codes, exact), hessian).sum()
     reached = exact_error(weight, dequantize(codes, found), hessian).sum()
@@ -115,7 +146,7 @@ def test_refit_reaches_the_optimum_beside_an_outlier_channel() -> None:
 
 def test_refit_under_the_identity_gives_the_means() -> None:
     weight, codes, tables, _ = random_problem(30, 2, 3)
-    found = refit_tables(weight, codes, tables, torch.eye(30))
+    found = refitted(weight, codes, tables, torch.eye(30))
     for row in range(5):
         for group in range(3):
             part = slice(10 * group, 10 * group + 10)
@@ -129,7 +160,7 @@ def test_refit_keeps_entries_that_no_code_uses() -> None:
     weight, codes, tables, hessian = random_problem(24, 3, 2)
     codes[:, :12] = codes[:, :12] % 3
     codes[0] = 5
-    found = refit_tables(weight, codes, tables, hessian)
+    found = refitted(weight, codes, tables, hessian)
     assert torch.equal(found[:, 0, 6:], tables[:, 0, 6:])
     assert torch.equal(found[0, :, :5], tables[0, :, :5])
     assert torch.equal(found[0, :, 6:], tables[0, :, 6:])
@@ -138,7 +169,7 @@ def test_refit_keeps_entries_that_no_code_uses() -> None:
 
 def test_refit_keeps_tables_that_fit_already() -> None:
     _, codes, tables, hessian = random_problem(30, 3, 3)
-    found = refit_tables(dequantize(codes, tables), codes, tables, hessian)
+    found = refitted(dequantize(codes, tables), codes, tables, hessian)
     assert torch.equal(found, tables)
 
 
@@ -147,10 +178,10 @@ def test_refit_treats_every_row_by_itself() -> None:
     weight[2] *= 1e4
     weight[3] = 0
     weight[4] = dequantize(codes, tables)[4]
-    found = refit_tables(weight, codes, tables, hessian)
+    found = refitted(weight, codes, tables, hessian)
     for row in range(5):
         one = slice(row, row + 1)
-        alone = refit_tables(weight[one], codes[one], tables[one], hessian)
+        alone = refitted(weight[one], codes[one], tables[one], hessian)
         reached = exact_error(weight[one], dequantize(codes[one], found[one]), hessian)
         wanted = exact_error(weight[one], dequantize(codes[one], alone), hessian)
         torch.testing.assert_close(reached, wanted, rtol=1e-3, atol=1e-3)
@@ -183,7 +214,7 @@ def naive_descent(
 def test_descent_equals_a_naive_loop(columns: int, bits: int, groups: int, cycles: int) -> None:
     problem = random_problem(columns, bits, groups, rows=2)
     weight, _, tables, hessian = problem
-    found = descend_codes(*problem, cycles)
+    found = descended(*problem, cycles)
     assert found.dtype == torch.uint8
     expected = naive_descent(*problem, cycles)
     # A near-tie decided the other way changes what comes after it, so compare what is reached too.
@@ -198,7 +229,7 @@ def test_descent_never_increases_the_objective(columns: int, bits: int, groups: 
     weight, codes, tables, hessian = random_problem(columns, bits, groups, rows=20)
     before = exact_error(weight, dequantize(codes, tables), hessian)
     for _ in range(4):
-        codes = descend_codes(weight, codes, tables, hessian, 1)
+        codes = descended(weight, codes, tables, hessian, 1)
         after = exact_error(weight, dequantize(codes, tables), hessian)
         assert bool((after <= before * (1 + 1e-5)).all())
         before = after
@@ -206,21 +237,21 @@ def test_descent_never_increases_the_objective(columns: int, bits: int, groups: 
 
 def test_descent_under_the_identity_is_nearest_rounding() -> None:
     weight, codes, tables, _ = random_problem(30, 3, 3)
-    found = descend_codes(weight, torch.zeros_like(codes), tables, torch.eye(30), 1)
+    found = descended(weight, torch.zeros_like(codes), tables, torch.eye(30), 1)
     reached, nearest = dequantize(found, tables), dequantize(codes, tables)
     torch.testing.assert_close((reached - weight).abs(), (nearest - weight).abs())
 
 
 def test_no_cycles_leave_the_codes() -> None:
     weight, codes, tables, hessian = random_problem(17, 2, 1)
-    assert torch.equal(descend_codes(weight, codes, tables, hessian, 0), codes)
+    assert torch.equal(descended(weight, codes, tables, hessian, 0), codes)
 
 
 def test_refit_and_descent_leave_their_inputs_alone() -> None:
     problem = random_problem(260, 2, 4)
     copies = [tensor.clone() for tensor in problem]
-    refit_tables(*problem)
-    descend_codes(*problem, 2)
+    refitted(*problem)
+    descended(*problem, 2)
     assert all(torch.equal(a, b) for a, b in zip(problem, copies, strict=True))
 
 

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from spallm_serve.compressor.rounding import TransposedTables, round_with_feedback
 
+pytestmark = pytest.mark.usefixtures("loops")
+
 
 def random_problem(
     rows: int, columns: int, bits: int, n_groups: int, seed: int = 0
