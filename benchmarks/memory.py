@@ -79,7 +79,6 @@ def compress_on_random_tokens(source: Path, output: Path, bits: int) -> None:
     from spallm_serve.compressor.run_directory import RunDirectory, fingerprint
     from spallm_serve.compressor.settings import CompressSettings
 
-    torch.set_float32_matmul_precision("medium")
     settings = CompressSettings.model_validate(
         {"bits": bits, "samples": _SAMPLES, "seqlen": _SEQLEN}
     )

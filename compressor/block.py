@@ -28,6 +28,8 @@ from spallm_serve.kernels.packing import SUPPORTED_BITS
 from spallm_serve.models import weight_of
 from spallm_serve.sketch import Sketch
 
+# The drift between the two models' inputs is smooth: so many tokens of the original are enough.
+DRIFT_TOKENS = 16384
 # Beside what comes with a model, a run may take 700 MB. The interpreter and its libraries take
 # about 350, a chunk of rows and a micro batch at work up to 120; this is left.
 WORKING_BYTES = 230_000_000
@@ -107,67 +109,93 @@ def compress_block(
         on_layer: called with each finished layer's record.
     """
     result = BlockResult({}, {}, {})
-    prefix = pair.prefix
-    for group, shared, targets in _observed_groups(pair, planned, settings):
+
+    def use(group: InputGroup, shared: Curvature, targets: dict[str, Tensor]) -> None:
         energies: dict[str, float] = {}
         for name in group.names if group.follows_norm and settings.estimator_rank else ():
             a, b, energies[name] = svd_estimator(
                 pair.weight(name), settings.estimator_rank, settings.seed
             )
-            result.estimators[f"{prefix}.{name}"] = (a.cpu(), b.cpu())
-        for chosen, same in _by_format(group.names, prefix, planned).items():
+            result.estimators[f"{pair.prefix}.{name}"] = (a.cpu(), b.cpu())
+        for chosen, same in _by_format(group.names, pair.prefix, planned).items():
             # One tall matrix: rows do not know of each other, and columns are walked once for all.
-            tall = sketch_rows(
-                torch.cat([targets.pop(name) for name in same]), shared, chosen, settings
-            )
+            tall = torch.cat([targets.pop(name) for name in same])
+            found = sketch_rows(tall, shared, chosen, settings)
             stop = 0
             for name in same:
                 weight = weight_of(pair.block.get_submodule(name))
                 start, stop = stop, stop + weight.shape[0]
                 rows = slice(start, stop)
-                sketch = Sketch.from_codes(tall.codes[rows], tall.tables[rows])
-                full_name = f"{prefix}.{name}"
+                sketch = Sketch.from_codes(found.codes[rows], found.tables[rows])
+                full_name = f"{pair.prefix}.{name}"
                 if result.sample is None:
                     result.sample = _sample_row(full_name, weight, sketch)
-                weight.copy_(sketch.weight())
+                sketch.copy_to(weight)
                 result.sketches[full_name] = sketch
                 result.records[full_name] = layer_record(
-                    full_name, sketch, tall.relative_error(rows), shared.factor, energies.get(name)
+                    full_name, sketch, found.relative_error(rows), shared.factor, energies.get(name)
                 )
                 on_layer(result.records[full_name])
+
+    _for_each_group(pair, planned, settings, use)
     return result
 
 
+@torch.no_grad()
 def measure_block(
     pair: BlockPair, planned: dict[str, PlannedLayer], settings: CompressSettings
 ) -> dict[str, dict[int, float]]:
-    """The relative output error of each planned linear at every number of bits.
+    """What each planned linear costs at every number of bits: how far the block's output moves when
+    it alone is compressed, squared, as a share of the output's square, mean over tokens.
 
-    The block is left as it is, and the refit is left out: it takes most of the time and helps all
-    numbers of bits about alike.
+    Measured on the first micro batch. A linear's own output says less: where a few tokens have
+    massive activations they make up nearly all of it, and hide what the others lose. The block is
+    left as it is, and the refit is left out: it takes most of the time and helps all numbers of
+    bits about alike.
 
     Returns:
-        module name -> bits -> relative error.
+        module name -> bits -> loss.
     """
     quick = settings.model_copy(update={"refit": False})
-    errors: dict[str, dict[int, float]] = {}
-    for group, shared, targets in _observed_groups(pair, planned, settings):
+    sketches: dict[str, dict[int, Sketch]] = {}
+
+    def use(group: InputGroup, shared: Curvature, targets: dict[str, Tensor]) -> None:
         for name in group.names:
-            full_name = f"{pair.prefix}.{name}"
-            groups = planned[full_name].format.groups_per_row
+            groups = planned[f"{pair.prefix}.{name}"].format.groups_per_row
             for bits in SUPPORTED_BITS:
                 chosen = LayerFormat.model_validate({"bits": bits, "groups_per_row": groups})
-                sketched = sketch_rows(targets[name], shared, chosen, quick)
-                errors.setdefault(full_name, {})[bits] = sketched.relative_error()
-    return errors
+                found = sketch_rows(targets[name], shared, chosen, quick)
+                sketch = Sketch.from_codes(found.codes, found.tables)
+                sketches.setdefault(name, {})[bits] = sketch
+
+    inputs = BlockInputs(pair.inputs.hidden[:1], pair.inputs.calls)
+    _for_each_group(pair, planned, settings, use)
+    wanted = pair.inputs.hidden[0].float()
+    losses: dict[str, dict[int, float]] = {}
+    for name, by_bits in sketches.items():
+        weight = weight_of(pair.block.get_submodule(name))
+        kept = weight.clone()
+        for bits, sketch in by_bits.items():
+            sketch.copy_to(weight)
+            moved = inputs.run(pair.block, pair.index, 0).float() - wanted
+            share = moved.square().sum(-1) / wanted.square().sum(-1).clamp(min=1e-12)
+            losses.setdefault(f"{pair.prefix}.{name}", {})[bits] = float(share.mean())
+        weight.copy_(kept)
+    return losses
 
 
-def _observed_groups(
-    pair: BlockPair, planned: dict[str, PlannedLayer], settings: CompressSettings
-) -> Iterator[tuple[InputGroup, Curvature, dict[str, Tensor]]]:
-    """Walk a block from group to group: each with its curvature and the weights to aim at.
+def _for_each_group(
+    pair: BlockPair,
+    planned: dict[str, PlannedLayer],
+    settings: CompressSettings,
+    use: Callable[[InputGroup, Curvature, dict[str, Tensor]], None],
+) -> None:
+    """Walk a block from group to group.
 
-    What is done to a group's weights before the next is asked for is seen by the next.
+    Args:
+        pair, planned, settings: see :func:`compress_block`.
+        use: gets a group, its curvature and the weights to aim at; nothing else holds these.
+            What it does to a group's weights is seen by the next.
     """
     groups = pair.planned_groups(planned)
     stops = [group.names[0] for group in groups]
@@ -187,7 +215,7 @@ def _observed_groups(
             original = begin(pair.original, pair.original_inputs, 1 - share)
         walk = begin(pair.block, pair.inputs, share)
         for group in groups:
-            yield group, *_observe(walk, original, group.names, pair, settings)
+            use(group, *_observe(walk, original, group.names, pair, settings))
         walk.finish()
         if original is not None:
             original.finish()
@@ -208,7 +236,7 @@ def install_sketches(block: nn.Module, prefix: str, sketches: dict[str, Sketch])
     """Overwrite the linears of a block by what their sketches stand for."""
     for full_name, sketch in sketches.items():
         weight = weight_of(block.get_submodule(full_name.removeprefix(f"{prefix}.")))
-        weight.copy_(sketch.weight())
+        sketch.copy_to(weight)
 
 
 def _observe(
@@ -227,19 +255,24 @@ def _observe(
     currents = walk.inputs_at(stop)
     if original is not None:
         drift = DriftAccumulator(accumulator, columns, device)
-        for wanted, current in zip(original.inputs_at(stop), currents, strict=False):
-            drift.add(wanted, current)
+        _see(drift, original.inputs_at(stop), currents)
         # Now, while the Hessian is that of the tokens the drift was seen on.
         drift.correct(weights, settings.damping)
         del drift
     for current in currents:
         accumulator.add(current)
+        del current
     return_freed_memory()
     hessian = accumulator.finish()
     dead = settle_dead_columns(hessian)
     for weight in weights.values():
         weight[:, dead] = 0
     return curvature(hessian, settings.damping), weights
+
+
+def _see(drift: DriftAccumulator, originals: Iterator[Tensor], currents: Iterator[Tensor]) -> None:
+    for wanted, current in zip(originals, currents, strict=False):
+        drift.add(wanted, current)
 
 
 def _by_format(

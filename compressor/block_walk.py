@@ -71,18 +71,22 @@ class BlockWalk:
         Each then waits there, if there is room.
         """
         for batch in range(len(self._inputs.hidden)):
-            current = self._take_up(batch)
-            reached = None
-            while reached != stop:
-                state = _resume(current, batch)
-                if current.dead:
-                    raise RuntimeError(f"the block ran to its end without a stop at {stop}")
-                reached, value = state
-            if batch < self._room[stop]:
-                self._waiting[batch] = current
-            else:
-                current.throw()
-            yield value
+            # No name holds on to a tensor that is as large as all that the linear reads.
+            yield self._run_to(stop, batch)
+
+    def _run_to(self, stop: str, batch: int) -> Tensor:
+        current = self._take_up(batch)
+        reached = None
+        while reached != stop:
+            state = _resume(current, batch)
+            if current.dead:
+                raise RuntimeError(f"the block ran to its end without a stop at {stop}")
+            reached, value = state
+        if batch < self._room[stop]:
+            self._waiting[batch] = current
+        else:
+            current.throw()
+        return value
 
     def finish(self) -> None:
         """Run all micro batches to the end of the block and replace its inputs by its outputs."""

@@ -16,6 +16,7 @@ from spallm_serve.compressor.hessian import (
     HessianAccumulator,
     add_products,
     damped_cholesky,
+    inverted_lower,
     settle_dead_columns,
 )
 
@@ -66,8 +67,9 @@ class DriftAccumulator:
         lower, _, _ = damped_cholesky(settled, damping)
         if lower is None:
             return
+        inverse = inverted_lower(lower)
         for name, weight in weights.items():
             for part, change in zip(
                 weight.split(_CHUNK_ROWS), projected.pop(name).split(_CHUNK_ROWS), strict=True
             ):
-                part += torch.cholesky_solve(change.T, lower).T
+                part.addmm_(change @ inverse.T, inverse)

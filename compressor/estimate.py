@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from spallm_serve.compressor.block import DRIFT_TOKENS, WORKING_BYTES
 from spallm_serve.compressor.calibration import SELF
 from spallm_serve.compressor.plan import CompressionPlan, make_plan
 from spallm_serve.compressor.refine import STEP_TOKENS
@@ -17,15 +18,14 @@ from spallm_serve.compressor.streaming import MICRO_BATCH_TOKENS
 from spallm_serve.models import ModelSource, checked_name, decoder_blocks, skeleton, weight_of
 
 # Measured on the 135M and 1.1B models of the benchmarks.
-_INTERPRETER_BYTES = 450 << 20
-# Products with H per weight and input column: rounding 1, two refits of up to 8 steps and three
-# passes of descent, two errors; times two operations each.
-_REFIT_PRODUCTS = 26
-_ROUND_PRODUCTS = 2
-# Share of the peak matrix speed that a whole run keeps: the loops over columns and Lloyd count too.
-_EFFICIENCY = 0.45
-# A block is run about 2.15 times: once a group of linears up to it, and once to pass it.
-_BLOCK_PASSES = 2.15
+_INTERPRETER_BYTES = 360 << 20
+# Products with H per weight and input column: rounding half a one, two gradients, two passes of
+# descent, two refits and two errors; without a refit rounding and the errors.
+_REFIT_PRODUCTS = 8
+_ROUND_PRODUCTS = 2.5
+# Share of the float32 matrix speed that a whole run keeps; bfloat16 activations go twice as fast,
+# and Lloyd's searches, attention and norms take their time.
+_EFFICIENCY = 0.75
 _PROBE_SECONDS = 0.3
 _PROBE_SIZE = 1024
 
@@ -123,6 +123,7 @@ def _peak_bytes(
     model: PreTrainedModel, plan: CompressionPlan, source: ModelSource, settings: CompressSettings
 ) -> int:
     prefix, blocks = decoder_blocks(model)
+    # In bfloat16, and its original beside it.
     block = 4 * max(sum(item.numel() for item in block.parameters()) for block in blocks)
     embeddings = sum(
         source.reader.nbytes(checked_name(source, name, tuple(parameter.shape)))
@@ -131,10 +132,11 @@ def _peak_bytes(
     )
     width = max(layer.columns for layer in plan.layers.values())
     hidden = weight_of(model.get_input_embeddings()).shape[1]
-    activations = 4 * settings.samples * settings.seqlen * hidden
-    # The Hessian, its factor and a work copy; gate, up and their product for a micro batch.
-    at_block = block + 3 * 4 * width * width + 3 * 4 * MICRO_BATCH_TOKENS * width
-    peak = activations + max(embeddings, at_block)
+    tokens = settings.samples * settings.seqlen
+    activations = 2 * (tokens + min(tokens, DRIFT_TOKENS)) * hidden
+    # The Hessian, its factor and the drift; gate, up and their product for a micro batch.
+    at_work = max(WORKING_BYTES, 3 * 4 * width * width) + 3 * 4 * MICRO_BATCH_TOKENS * width
+    peak = activations + max(embeddings, block + at_work)
     if settings.refine_steps:
         weights = sum(layer.weight_count for layer in plan.layers.values())
         # Codes a byte each, float32 embeddings with logits, activations of a sequence kept.
@@ -153,7 +155,10 @@ def _seconds(plan: CompressionPlan, settings: CompressSettings) -> float:
     products = _REFIT_PRODUCTS if settings.refit else _ROUND_PRODUCTS
     rounding = 2 * products * sum(layer.weight_count * layer.columns for layer in layers)
     refining = 8 * settings.refine_steps * STEP_TOKENS * sum(layer.weight_count for layer in layers)
-    operations = _BLOCK_PASSES * forward + hessians + rounding + refining
+    passes = 1.0
+    if settings.drift_correction:
+        passes += min(1.0, DRIFT_TOKENS / tokens)
+    operations = passes * forward + hessians + rounding + refining
     if settings.calibration == SELF:
         operations += 2 * forward
     return operations / (_EFFICIENCY * _matrix_speed(settings.device))

@@ -116,10 +116,10 @@ def damped_factor(hessian: Tensor, order: Tensor, damping: float) -> DampedFacto
     )
     if lower is None:
         return DampedFactor(None, share, raises)
-    return DampedFactor(_turned_round(_inverted_lower(lower)), share, raises)
+    return DampedFactor(_turned_round(inverted_lower(lower)), share, raises)
 
 
-def _inverted_lower(lower: Tensor) -> Tensor:
+def inverted_lower(lower: Tensor) -> Tensor:
     """Invert a lower triangular matrix in place, from the right a panel of columns at a time.
 
     With the corner beyond a panel inverted already, the panel below its own triangle D becomes
@@ -167,9 +167,28 @@ def damped_cholesky(
         lower = make_hessian()
         diagonal = lower.diagonal()
         diagonal.add_(share * diagonal.mean())
-        failed = torch.empty((), dtype=torch.int32, device=lower.device)
-        torch.linalg.cholesky_ex(lower, out=(lower, failed))
-        if int(failed) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+        if _factored(lower):
             return lower, share, raises
         del lower
     return None, share, MAX_DAMPING_RAISES
+
+
+def _factored(matrix: Tensor) -> bool:
+    """Replace a symmetric matrix by its lower Cholesky factor, a panel of columns at a time.
+
+    LAPACK's would need a second matrix for its order of columns.
+
+    Returns:
+        False where the matrix is not positive definite or not finite; it is spoiled then.
+    """
+    for start in range(0, len(matrix), _PANEL):
+        own, below = slice(start, start + _PANEL), slice(start + _PANEL, None)
+        done = matrix[:, :start]
+        triangle, failed = torch.linalg.cholesky_ex(matrix[own, own] - done[own] @ done[own].T)
+        if int(failed) or not bool(torch.isfinite(triangle.diagonal()).all()):
+            return False
+        matrix[own, own] = triangle
+        matrix[own, below] = 0
+        panel = matrix[below, own].addmm_(done[below], done[own].T, alpha=-1)
+        panel.copy_(torch.linalg.solve_triangular(triangle.T, panel, upper=True, left=False))
+    return True

@@ -17,6 +17,7 @@ from torch import Tensor
 from spallm_serve.checkpoint import CODES, TABLES, sketch_tensors
 from spallm_serve.compressor.allocation import allocate_bits
 from spallm_serve.compressor.block import (
+    DRIFT_TOKENS,
     BlockPair,
     compress_block,
     install_sketches,
@@ -61,9 +62,6 @@ from spallm_serve.models import (
     weight_of,
 )
 from spallm_serve.sketch import Sketch
-
-# The drift between the two models' inputs is smooth: so many tokens of the original are enough.
-DRIFT_TOKENS = 16384
 
 TOKENS_FILE = "tokens"
 _ALLOCATION_FILE = "allocation"

@@ -20,7 +20,7 @@ QUANT_METHOD: Literal["spallm"] = "spallm"
 ESTIMATOR_FILE = "estimators.safetensors"
 CODES, TABLES = ".codes", ".tables"
 # One shard is the most that saving holds in memory.
-SHARD_BYTES = 256 << 20
+SHARD_BYTES = 192 << 20
 
 Bits = Literal[2, 3, 4]
 

@@ -12,6 +12,8 @@ from torch import Tensor
 from spallm_serve.kernels.packing import pack_codes, plane_width, unpack_codes
 from spallm_serve.kernels.reference import dequantize
 
+_LOOKED_UP_WEIGHTS = 1 << 20
+
 
 @dataclass(frozen=True)
 class Sketch:
@@ -62,7 +64,20 @@ class Sketch:
 
     def weight(self) -> Tensor:
         """The dense weight it stands for: float32 ``[out, in]``."""
-        return dequantize(self.codes, self.tables.float())
+        weight = torch.empty(self.planes.shape[1], self.columns, device=self.planes.device)
+        self.copy_to(weight)
+        return weight
+
+    def copy_to(self, weight: Tensor) -> None:
+        """Overwrite a floating point tensor ``[out, in]`` by the weight it stands for.
+
+        Some rows at a time, since looking up takes a multiple of a matrix's memory.
+        """
+        height = max(1, _LOOKED_UP_WEIGHTS // max(self.columns, 1))
+        for start in range(0, len(weight), height):
+            rows = slice(start, start + height)
+            codes = unpack_codes(self.planes[:, rows], self.columns)
+            weight[rows] = dequantize(codes, self.tables[rows].float())
 
 
 def sketch_nbytes(rows: int, columns: int, bits: int, groups_per_row: int) -> int:
