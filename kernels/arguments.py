@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -63,6 +65,20 @@ def check_forward(
         if bias.dim() != 1 or bias.shape[0] != rows or not bias.is_floating_point():
             raise ValueError(f"bias: expected floating point [{rows}], got {_seen(bias)}")
         _check_beside(bias, "bias", x)
+
+
+def check_types(
+    x: Tensor, tables: Tensor, bias: Tensor | None, supported: Iterable[torch.dtype]
+) -> None:
+    """Refuse floating point types that a backend has no kernels for.
+
+    Raises:
+        ValueError: names the argument, what was expected and what came.
+    """
+    for name, tensor in (("x", x), ("tables", tables), ("bias", bias)):
+        if tensor is not None and tensor.dtype not in supported:
+            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in supported)
+            raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")
 
 
 def check_slots_in_range(slots: Tensor | None, count: int) -> None:

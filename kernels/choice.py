@@ -13,13 +13,14 @@ from torch import Tensor
 from spallm_serve.kernels.backend import Backend, Request
 from spallm_serve.kernels.cpu.backend import CpuBackend
 from spallm_serve.kernels.cpu.library import LEVELS
+from spallm_serve.kernels.gpu.backend import TritonBackend
 from spallm_serve.kernels.reference_backend import ReferenceBackend
 
 FORCE_VARIABLE = "SPALLM_KERNEL"
 _log = logging.getLogger(__name__)
 
 # In order of preference; the reference can always serve.
-_AUTOMATIC: tuple[Backend, ...] = (CpuBackend(), ReferenceBackend())
+_AUTOMATIC: tuple[Backend, ...] = (CpuBackend(), TritonBackend(), ReferenceBackend())
 _BY_NAME: dict[str, Backend] = {
     backend.name: backend for backend in (*_AUTOMATIC, *(CpuBackend(level) for level in LEVELS))
 }

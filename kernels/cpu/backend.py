@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spallm_serve.kernels.arguments import check_slots_in_range, slot_error
+from spallm_serve.kernels.arguments import check_slots_in_range, check_types, slot_error
 from spallm_serve.kernels.backend import Request
 from spallm_serve.kernels.cpu.layout import (
     from_cpu_layout,
@@ -102,7 +102,7 @@ class CpuBackend:
         Raises:
             ValueError: a slot without tables; an unsupported dtype.
         """
-        _check_types(x, tables, bias)
+        check_types(x, tables, bias, _TYPES)
         y = x.new_empty(x.shape[0], self.rows(codes))
         if x.shape[0] < BLAS_TOKENS:
             self._multiply(x, codes, tables, slots, bias, y)
@@ -253,10 +253,3 @@ def _other_codes(codes: Tensor, tables: Tensor, columns: int) -> ValueError:
         f"codes: are of {bits} bits, {rows} rows, {theirs} columns and {groups} groups; expected "
         f"those of tables {list(tables.shape)} and of x's {columns} columns"
     )
-
-
-def _check_types(x: Tensor, tables: Tensor, bias: Tensor | None) -> None:
-    for name, tensor in (("x", x), ("tables", tables), ("bias", bias)):
-        if tensor is not None and tensor.dtype not in _TYPES:
-            expected = ", ".join(str(dtype).removeprefix("torch.") for dtype in _TYPES)
-            raise ValueError(f"{name}: expected {expected}, got {tensor.dtype}")

@@ -23,7 +23,7 @@ from spallm_serve.kernels.native import NativeLibraryError
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.kernels.reference import dequantize
 
-BACKENDS = ("reference", *(f"cpu-{level}" for level in LEVELS))
+BACKENDS = ("reference", *(f"cpu-{level}" for level in LEVELS), "triton")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 
 
@@ -84,6 +84,10 @@ def force(monkeypatch: pytest.MonkeyPatch, name: str) -> None:
             pytest.skip(str(error))
         if LEVELS.index(name.removeprefix("cpu-")) > best:
             pytest.skip(f"this processor has no {name.removeprefix('cpu-')}")
+    if name == "triton":
+        pytest.importorskip("triton")
+        if torch.cuda.is_available():
+            pytest.skip("the programs are compiled here, and these tensors are on the CPU")
     monkeypatch.setenv(FORCE_VARIABLE, name)
 
 
@@ -197,8 +201,11 @@ def test_without_a_native_library_the_reference_serves(monkeypatch: pytest.Monke
         raise NativeLibraryError("not built, says the test")
 
     monkeypatch.delenv(FORCE_VARIABLE, raising=False)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(cpu_backend, "best_level", absent)
-    assert str(explain("cpu")) == "reference; not cpu: not built, says the test"
+    assert str(explain("cpu")) == (
+        "reference; not cpu: not built, says the test; not triton: the tensors are on cpu"
+    )
     assert_right(make_case(4))
 
 
@@ -220,8 +227,8 @@ def test_a_library_of_another_version_is_refused(monkeypatch: pytest.MonkeyPatch
 def test_the_choice_is_explained_and_logged_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    assert explain("cuda").backend == "reference"
-    assert "cuda" in explain("cuda").refused["cpu"]
+    assert explain("cuda", torch.float64).backend == "reference"
+    assert "cuda" in explain("cuda", torch.float64).refused["cpu"]
     assert "float64" in str(explain("cpu", torch.float64))
     monkeypatch.setenv(FORCE_VARIABLE, "reference")
     assert str(explain("cpu")) == "reference (by SPALLM_KERNEL)"
@@ -236,7 +243,7 @@ def test_the_choice_is_explained_and_logged_once(
     with pytest.raises(ValueError, match="cpu-scalar cannot serve"):
         explain("cuda")
     monkeypatch.setenv(FORCE_VARIABLE, "cuda-magic")
-    with pytest.raises(ValueError, match=r"cuda-magic.*expected one of cpu, reference"):
+    with pytest.raises(ValueError, match=r"cuda-magic.*expected one of cpu, triton, reference"):
         explain("cpu")
 
 

@@ -1,0 +1,1 @@
+"""Kernels for GPUs, in Triton; importing this package does not import Triton."""
