@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from spallm_serve.benchmarks.model import write_random_llama
@@ -15,7 +16,7 @@ _ALLOWANCE = 700_000_000
 _SAMPLES, _SEQLEN = 4, 512
 
 
-def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> list[Record]:
+def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> Iterator[Record]:
     """Compress random Llamas of several depths, each in a process of its own.
 
     The bound is what the product promises: the embeddings, two blocks and the calibration
@@ -26,7 +27,6 @@ def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> list[Re
         depths: numbers of blocks; 22 make 1.1 B parameters.
         bits: to compress to.
     """
-    records = []
     for blocks in depths:
         source = scratch / f"llama-{blocks}"
         if not source.exists():
@@ -37,21 +37,18 @@ def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> list[Re
         activations = 2 * _SAMPLES * _SEQLEN * 2048
         bound = embeddings + 2 * block + activations + _ALLOWANCE
         parameters = (blocks * block + embeddings) // 2
-        records.append(
-            Record(
-                bench="memory",
-                case={
-                    "blocks": blocks,
-                    "parameters": parameters,
-                    "bits": bits,
-                    "bound_mib": bound // _MIB,
-                    "within_bound": peak <= bound,
-                },
-                metric="peak_rss_mib",
-                ours=round(peak / _MIB, 1),
-            )
+        yield Record(
+            bench="memory",
+            case={
+                "blocks": blocks,
+                "parameters": parameters,
+                "bits": bits,
+                "bound_mib": bound // _MIB,
+                "within_bound": peak <= bound,
+            },
+            metric="peak_rss_mib",
+            ours=round(peak / _MIB, 1),
         )
-    return records
 
 
 def _peak_rss(source: Path, output: Path, bits: int) -> int:

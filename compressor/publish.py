@@ -20,6 +20,7 @@ from spallm_serve.checkpoint import (
     SketchConfig,
     write_shards,
 )
+from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.plan import CompressionPlan, PlannedLayer
 from spallm_serve.compressor.record import CompressionRecord, LayerRecord, TableSample
 from spallm_serve.compressor.report import write_report
@@ -105,6 +106,7 @@ class SavedTensors:
 
 def publish(finished: FinishedRun) -> CompressionRecord:
     """Write the checkpoint, its estimators and its report, and move them into the output."""
+    return_freed_memory()
     staging = finished.run.staging()
     saved = finished.saved_tensors()
     sizes = {"codes": 0, "tables": 0, "other": 0, "estimators": 0}

@@ -146,6 +146,7 @@ def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> int:
         names_of.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
         save_file(shard, directory / f"shard-{len(names_of)}.tmp", metadata={"format": "pt"})
+        shard.clear()  # or it would live until the next one is full
     count = len(names_of)
     if count == 1:
         (directory / "shard-1.tmp").rename(directory / SINGLE_FILE)
