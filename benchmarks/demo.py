@@ -57,11 +57,9 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="4 bits only, on very little text")
     scale = _QUICK if parser.parse_args().quick else _FULL
     quiet_libraries()
-    import torch
 
     from spallm_serve.benchmarks.model import packaged_model
 
-    torch.set_float32_matmul_precision("medium")
     console = Console(highlight=False)
     shutil.rmtree(_DEMO_FOLDER, ignore_errors=True)
     _DEMO_FOLDER.mkdir()

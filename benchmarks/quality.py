@@ -6,6 +6,7 @@ import gc
 import importlib
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -89,7 +90,8 @@ def quality_records(
         )
         output = scratch / f"ours-{number}"
         started = time.perf_counter()
-        record = compress(str(model_dir), output, settings, SilentObserver())
+        with _products_of("highest"):  # as spallm-compress has them
+            record = compress(str(model_dir), output, settings, SilentObserver())
         seconds = time.perf_counter() - started
         setting = ", ".join(f"{key}={value}" for key, value in variant.items())
         yield judge("SpaLLM", setting, record.bits_per_weight, seconds, load_model(output))
@@ -100,6 +102,16 @@ def quality_records(
         yield judge(result.name, setting, result.bits_per_weight, result.seconds, result.model)
         del result
         gc.collect()
+
+
+@contextmanager
+def _products_of(precision: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(precision)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 class RememberedLogits(nn.Module):

@@ -106,8 +106,6 @@ def run_command(
     """
     console = Console(highlight=False)
     _check_device(settings.device)
-    # float32 products through oneDNN: two to three times faster on many CPUs, error still 4e-7.
-    torch.set_float32_matmul_precision("medium")
     target = output if output is not None else default_output(model, settings)
     check_output(target)
     if dry_run:

@@ -12,7 +12,7 @@ import triton
 from torch import Tensor
 
 from spallm_serve.kernels.gpu import programs
-from spallm_serve.kernels.gpu.layout import UNIT, units_of
+from spallm_serve.kernels.gpu.layout import units_of
 from spallm_serve.kernels.gpu.token_blocks import TokenBlocks, token_blocks
 
 # Sums of buckets take 2**bits accumulators a token, so that many tokens fit into registers.
@@ -55,7 +55,7 @@ def multiply(
     y = x.new_empty(tokens, shape.rows)
     if tokens == 0:
         return y
-    if slots is not None and tables.shape[0] > 1 and tokens <= BUCKET_TOKENS[shape.bits]:
+    if slots is not None and tables.shape[0] > 1 and 1 < tokens <= BUCKET_TOKENS[shape.bits]:
         block = _least_block(tokens)
         _run(
             programs.multiply_by_buckets,
@@ -151,6 +151,9 @@ def _blocks(
     wanted = 1 if tokens == 1 == least else _least_block(tokens)
     if slots is None:
         return wanted, triton.cdiv(tokens, wanted), (None, None, None, None)
+    if wanted == 1:
+        first = torch.zeros(1, dtype=torch.int32, device=slots.device)
+        return 1, 1, (first, slots, first, first + 1)
     # Sorted blocks hold one slot's tokens, of which there may be few.
     block = min(wanted, max(_LEAST_TOKENS, _least_block(triton.cdiv(tokens, n_slots))))
     plan = token_blocks(slots, n_slots, block)
@@ -208,8 +211,3 @@ def _time(launch: Callable[[_Shape], None], choices: list[_Shape]) -> _Shape:
 def _can_time() -> bool:
     """Whether there is a GPU whose clock counts; the interpreter's does not."""
     return torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
-
-
-def padded_columns(columns: int, groups: int) -> int:
-    """Columns of a row in the layout, padding included."""
-    return groups * units_of(columns, groups) * UNIT

@@ -76,7 +76,7 @@ def multiply_dequantized(
     place = start + tl.arange(0, TOKENS)
     has_token = place < stop
     token = tl.load(order + place, mask=has_token, other=0) if SORTED else place
-    known = slot < n_slots
+    known = (slot >= 0) & (slot < n_slots)
     safe_slot = tl.where(known, slot, 0)
     safe_row = tl.where(has_row, row, 0)
     width = columns // groups
@@ -182,7 +182,7 @@ def multiply_transposed(
     place = start + tl.arange(0, TOKENS)
     has_token = place < stop
     token = tl.load(order + place, mask=has_token, other=0) if SORTED else place
-    known = slot < n_slots
+    known = (slot >= 0) & (slot < n_slots)
     safe_slot = tl.where(known, slot, 0)
     slot_tables = tables + tl.cast(safe_slot, tl.int64) * rows * groups * (1 << BITS)
     width = columns // groups

@@ -70,6 +70,8 @@ def test_tokens_without_tables_are_poisoned(tokens: int) -> None:
     codes = to_gpu_layout(case.planes, case.x.shape[1], case.tables.shape[2])
     y = launch.multiply(case.x, codes, case.tables, case.slots, case.bias)
     assert bool(y[[0, -1]].isnan().all())
+    lone = launch.multiply(case.x[:1].clone(), codes, case.tables, case.slots[:1].clone(), None)
+    assert bool(lone.isnan().all())
     case.slots[[0, -1]] = 0
     wanted, size = case.wanted()
     assert bool(((y - wanted).abs() <= 1e-5 * size)[1:-1].all())
