@@ -118,7 +118,8 @@ def test_factor_equals_the_cholesky_of_the_inverse(columns: int, damping: float)
     assert factor.upper.dtype == torch.float32
     assert torch.equal(factor.upper, factor.upper.triu())
     exact = exact_factor(hessian, order, damping)
-    torch.testing.assert_close(factor.upper.double(), exact, rtol=1e-3, atol=1e-4 * exact.max())
+    # Without damping, 513 columns leave float32 three digits.
+    torch.testing.assert_close(factor.upper.double(), exact, rtol=1e-3, atol=5e-4 * exact.max())
     assert torch.equal(hessian, original)
 
 
