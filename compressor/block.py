@@ -30,6 +30,7 @@ from spallm_serve.sketch import Sketch
 
 # The drift between the two models' inputs is smooth: so many tokens of the original are enough.
 DRIFT_TOKENS = 16384
+# For Hessians, and for passes that wait between groups of linears.
 # Beside what comes with a model, a run may take 700 MB. The interpreter and its libraries take
 # about 350, a chunk of rows and a micro batch at work up to 120; this is left.
 WORKING_BYTES = 230_000_000
@@ -65,7 +66,6 @@ class BlockPair:
         inputs: what it reads behind the compressed blocks.
         original: the untouched block, or None where drift is not corrected.
         original_inputs: what that reads in the original model; the first micro batches are enough.
-        working_bytes: memory for Hessians and for passes that wait between groups of linears.
     """
 
     prefix: str
@@ -74,7 +74,6 @@ class BlockPair:
     inputs: BlockInputs
     original: nn.Module | None = None
     original_inputs: BlockInputs | None = None
-    working_bytes: int = WORKING_BYTES
 
     def weight(self, name: str) -> Tensor:
         """The weight of a linear as it is now: a float32 copy ``[out, in]``."""
@@ -200,7 +199,7 @@ def _for_each_group(
     groups = pair.planned_groups(planned)
     stops = [group.names[0] for group in groups]
     width = max((weight_of(pair.block.get_submodule(stop)).shape[1] for stop in stops), default=0)
-    waiting = max(0, pair.working_bytes - _HESSIANS * 4 * width**2)
+    waiting = max(0, WORKING_BYTES - _HESSIANS * 4 * width**2)
 
     def begin(block: nn.Module, inputs: BlockInputs, share: float) -> BlockWalk:
         walk = BlockWalk(block, inputs, pair.index, stops, int(share * waiting))
@@ -255,7 +254,7 @@ def _observe(
     currents = walk.inputs_at(stop)
     if original is not None:
         drift = DriftAccumulator(accumulator, columns, device)
-        _see(drift, original.inputs_at(stop), currents)
+        _add_drift(drift, original.inputs_at(stop), currents)
         # Now, while the Hessian is that of the tokens the drift was seen on.
         drift.correct(weights, settings.damping)
         del drift
@@ -270,7 +269,10 @@ def _observe(
     return curvature(hessian, settings.damping), weights
 
 
-def _see(drift: DriftAccumulator, originals: Iterator[Tensor], currents: Iterator[Tensor]) -> None:
+def _add_drift(
+    drift: DriftAccumulator, originals: Iterator[Tensor], currents: Iterator[Tensor]
+) -> None:
+    """Until the original's micro batches end; no name here outlives the loop."""
     for wanted, current in zip(originals, currents, strict=False):
         drift.add(wanted, current)
 

@@ -67,6 +67,26 @@ def check_forward(
         _check_beside(bias, "bias", x)
 
 
+def check_code_rows(codes: Tensor, wanted: int, columns: int, groups: int, bits: int) -> None:
+    """Refuse codes whose rows are of another length than the layer's layout gives.
+
+    Args:
+        codes: ``[1 + out, length]``, a header and a row an output.
+        wanted: the length, in elements of the codes' dtype.
+        columns, groups, bits: of the layer.
+
+    Raises:
+        ValueError: what was expected and what came.
+    """
+    if codes.shape[1] != wanted or not codes.is_contiguous():
+        unit = str(codes.dtype).removeprefix("torch.")
+        raise ValueError(
+            f"codes: expected contiguous rows of {wanted} {unit} for {bits} bits (the tables have "
+            f"{1 << bits} entries), {columns} columns and {groups} groups, got "
+            f"{list(codes.shape)} with strides {codes.stride()}"
+        )
+
+
 def check_types(
     x: Tensor, tables: Tensor, bias: Tensor | None, supported: Iterable[torch.dtype]
 ) -> None:

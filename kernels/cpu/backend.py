@@ -12,7 +12,12 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from spallm_serve.kernels.arguments import check_slots_in_range, check_types, slot_error
+from spallm_serve.kernels.arguments import (
+    check_code_rows,
+    check_slots_in_range,
+    check_types,
+    slot_error,
+)
 from spallm_serve.kernels.backend import Request
 from spallm_serve.kernels.cpu.layout import (
     from_cpu_layout,
@@ -84,13 +89,7 @@ class CpuBackend:
         Raises:
             ValueError: what was expected and what came.
         """
-        wanted = row_bytes(columns, groups, bits)
-        if codes.shape[1] != wanted or not codes.is_contiguous():
-            raise ValueError(
-                f"codes: expected contiguous rows of {wanted} bytes for {bits} bits (the tables "
-                f"have {1 << bits} entries), {columns} columns and {groups} groups, got "
-                f"{list(codes.shape)} with strides {codes.stride()}"
-            )
+        check_code_rows(codes, row_bytes(columns, groups, bits), columns, groups, bits)
         # What is in the rows is looked at by the kernels themselves: here it would take as long as
         # a small layer's product.
 

@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from spallm_serve.kernels.arguments import check_slots_in_range, check_types
+from spallm_serve.kernels.arguments import check_code_rows, check_slots_in_range, check_types
 from spallm_serve.kernels.backend import Request
 from spallm_serve.kernels.gpu.layout import from_gpu_layout, row_words, to_gpu_layout
 
@@ -60,13 +60,7 @@ class TritonBackend:
         Raises:
             ValueError: what was expected and what came.
         """
-        wanted = row_words(columns, groups, bits)
-        if codes.shape[1] != wanted or not codes.is_contiguous():
-            raise ValueError(
-                f"codes: expected contiguous rows of {wanted} words for {bits} bits (the tables "
-                f"have {1 << bits} entries), {columns} columns and {groups} groups, got "
-                f"{list(codes.shape)} with strides {codes.stride()}"
-            )
+        check_code_rows(codes, row_words(columns, groups, bits), columns, groups, bits)
 
     def lut_linear(
         self, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, bias: Tensor | None

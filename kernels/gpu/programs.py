@@ -49,6 +49,23 @@ def load_codes(
 
 
 @triton.jit
+def tokens_of(
+    block, block_slot, block_start, block_stop, tokens,
+    SORTED: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """A block's slot and its part of the order of tokens; unsorted tokens are all of slot 0."""
+    if SORTED:
+        slot = tl.load(block_slot + block)
+        start = tl.load(block_start + block)
+        stop = tl.load(block_stop + block)
+    else:
+        slot = 0
+        start = block * TOKENS
+        stop = tl.minimum(start + TOKENS, tokens)
+    return slot, start, stop
+
+
+@triton.jit
 def multiply_dequantized(
     x, codes, tables, bias, y, order, block_slot, block_start, block_stop,
     tokens, rows, columns, groups, units, words, n_slots,
@@ -61,14 +78,9 @@ def multiply_dequantized(
     that run at the same time. One token is multiplied on the vector units, more on tensor cores.
     """
     block = tl.program_id(0)
-    if SORTED:
-        slot = tl.load(block_slot + block)
-        start = tl.load(block_start + block)
-        stop = tl.load(block_stop + block)
-    else:
-        slot = 0
-        start = block * TOKENS
-        stop = tl.minimum(start + TOKENS, tokens)
+    slot, start, stop = tokens_of(
+        block, block_slot, block_start, block_stop, tokens, SORTED, TOKENS
+    )
     if start >= stop:
         return
     row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
@@ -169,14 +181,9 @@ def multiply_transposed(
     """
     block = tl.program_id(0)
     group = tl.program_id(1)
-    if SORTED:
-        slot = tl.load(block_slot + block)
-        start = tl.load(block_start + block)
-        stop = tl.load(block_stop + block)
-    else:
-        slot = 0
-        start = block * TOKENS
-        stop = tl.minimum(start + TOKENS, tokens)
+    slot, start, stop = tokens_of(
+        block, block_slot, block_start, block_stop, tokens, SORTED, TOKENS
+    )
     if start >= stop:
         return
     place = start + tl.arange(0, TOKENS)
