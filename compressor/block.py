@@ -76,9 +76,8 @@ class BlockPair:
     original_inputs: BlockInputs | None = None
 
     def weight(self, name: str) -> Tensor:
-        """The weight of a linear as it is now: a float32 copy ``[out, in]``."""
-        weight = weight_of(self.block.get_submodule(name))
-        return weight.to(torch.float32, copy=True)
+        """The weight of a linear as it is now: a view ``[out, in]``."""
+        return weight_of(self.block.get_submodule(name))
 
     def planned_groups(self, planned: dict[str, PlannedLayer]) -> list[InputGroup]:
         """The linears to compress that read one tensor together, in the order they run."""
@@ -113,16 +112,16 @@ def compress_block(
         energies: dict[str, float] = {}
         for name in group.names if group.follows_norm and settings.estimator_rank else ():
             a, b, energies[name] = svd_estimator(
-                pair.weight(name), settings.estimator_rank, settings.seed
+                pair.weight(name).float(), settings.estimator_rank, settings.seed
             )
             result.estimators[f"{pair.prefix}.{name}"] = (a.cpu(), b.cpu())
         for chosen, same in _by_format(group.names, pair.prefix, planned).items():
             # One tall matrix: rows do not know of each other, and columns are walked once for all.
-            tall = torch.cat([targets.pop(name) for name in same])
+            tall = _stacked(targets, same)
             found = sketch_rows(tall, shared, chosen, settings)
             stop = 0
             for name in same:
-                weight = weight_of(pair.block.get_submodule(name))
+                weight = pair.weight(name)
                 start, stop = stop, stop + weight.shape[0]
                 rows = slice(start, stop)
                 sketch = Sketch.from_codes(found.codes[rows], found.tables[rows])
@@ -172,7 +171,7 @@ def measure_block(
     wanted = pair.inputs.hidden[0].float()
     losses: dict[str, dict[int, float]] = {}
     for name, by_bits in sketches.items():
-        weight = weight_of(pair.block.get_submodule(name))
+        weight = pair.weight(name)
         kept = weight.clone()
         for bits, sketch in by_bits.items():
             sketch.copy_to(weight)
@@ -198,7 +197,7 @@ def _for_each_group(
     """
     groups = pair.planned_groups(planned)
     stops = [group.names[0] for group in groups]
-    width = max((weight_of(pair.block.get_submodule(stop)).shape[1] for stop in stops), default=0)
+    width = max((pair.weight(stop).shape[1] for stop in stops), default=0)
     waiting = max(0, WORKING_BYTES - _HESSIANS * 4 * width**2)
 
     def begin(block: nn.Module, inputs: BlockInputs, share: float) -> BlockWalk:
@@ -218,6 +217,20 @@ def _for_each_group(
         walk.finish()
         if original is not None:
             original.finish()
+
+
+def _stacked(matrices: dict[str, Tensor], names: list[str]) -> Tensor:
+    """Some of the matrices ``[rows, columns]``, taken out of the dict, above each other."""
+    if len(names) == 1:
+        return matrices.pop(names[0])
+    rows = sum(len(matrices[name]) for name in names)
+    tall = matrices[names[0]].new_empty(rows, matrices[names[0]].shape[1])
+    stop = 0
+    for name in names:
+        part = matrices.pop(name)  # gone once it is copied: these may be as large as all else
+        start, stop = stop, stop + len(part)
+        tall[start:stop] = part
+    return tall
 
 
 def _sample_row(name: str, weight: Tensor, sketch: Sketch) -> TableSample:
@@ -246,9 +259,9 @@ def _observe(
     settings: CompressSettings,
 ) -> tuple[Curvature, dict[str, Tensor]]:
     """The curvature of the inputs that some linears share, and the weights to aim at."""
-    weights = {name: pair.weight(name) for name in names}
+    stored = {name: pair.weight(name) for name in names}
     stop = names[0]
-    columns, device = weights[stop].shape[1], weights[stop].device
+    columns, device = stored[stop].shape[1], stored[stop].device
     return_freed_memory()
     accumulator = HessianAccumulator(columns, device)
     currents = walk.inputs_at(stop)
@@ -256,17 +269,19 @@ def _observe(
         drift = DriftAccumulator(accumulator, columns, device)
         _add_drift(drift, original.inputs_at(stop), currents)
         # Now, while the Hessian is that of the tokens the drift was seen on.
-        drift.correct(weights, settings.damping)
+        targets = drift.corrected(stored, settings.damping)
         del drift
+    else:
+        targets = {name: weight.to(torch.float32, copy=True) for name, weight in stored.items()}
     for current in currents:
         accumulator.add(current)
         del current
     return_freed_memory()
     hessian = accumulator.finish()
     dead = settle_dead_columns(hessian)
-    for weight in weights.values():
-        weight[:, dead] = 0
-    return curvature(hessian, settings.damping), weights
+    for target in targets.values():
+        target[:, dead] = 0
+    return curvature(hessian, settings.damping), targets
 
 
 def _add_drift(

@@ -45,18 +45,21 @@ class DriftAccumulator:
         self._tokens += compressed.numel() // columns
         self._inputs.add(compressed)
 
-    def correct(self, weights: dict[str, Tensor], damping: float) -> None:
-        """Replace the weights by those to aim at; nothing may be added afterwards.
+    def corrected(self, weights: dict[str, Tensor], damping: float) -> dict[str, Tensor]:
+        """The weights to aim at; nothing may be added afterwards.
 
-        They stay as they are where the Hessian cannot be factored.
+        Where the Hessian cannot be factored these are the given ones.
 
         Args:
-            weights: float32 ``[out, columns]`` each; overwritten.
+            weights: floating point ``[out, columns]`` each.
             damping: share of the mean diagonal added to the Hessian, as a ridge.
+
+        Returns:
+            float32 ``[out, columns]`` by name, not views of the given.
         """
         # The sum over (x - x_hat) x_hat^T, as the difference of two.
         drift = self._cross.sub_(self._inputs.sums()).mul_(2.0 / max(self._tokens, 1))
-        projected = {name: weight @ drift for name, weight in weights.items()}
+        projected = {name: weight.float() @ drift for name, weight in weights.items()}
         del self._cross, drift  # before the factor: each is as large as all weights together
 
         def settled() -> Tensor:
@@ -66,10 +69,11 @@ class DriftAccumulator:
 
         lower, _, _ = damped_cholesky(settled, damping)
         if lower is None:
-            return
+            return {name: weight.to(torch.float32, copy=True) for name, weight in weights.items()}
         inverse = inverted_lower(lower)
         for name, weight in weights.items():
             for part, change in zip(
-                weight.split(_CHUNK_ROWS), projected.pop(name).split(_CHUNK_ROWS), strict=True
+                weight.split(_CHUNK_ROWS), projected[name].split(_CHUNK_ROWS), strict=True
             ):
-                part.addmm_(change @ inverse.T, inverse)
+                change.copy_(torch.addmm(part.float(), change @ inverse.T, inverse))
+        return projected

@@ -14,7 +14,7 @@ from spallm_serve.compressor.calibration import SELF
 from spallm_serve.compressor.plan import CompressionPlan, make_plan
 from spallm_serve.compressor.refine import STEP_TOKENS
 from spallm_serve.compressor.settings import CompressSettings
-from spallm_serve.compressor.streaming import MICRO_BATCH_TOKENS
+from spallm_serve.compressor.streaming import micro_batch_tokens
 from spallm_serve.models import ModelSource, checked_name, decoder_blocks, skeleton, weight_of
 
 # Measured on the 135M and 1.1B models of the benchmarks.
@@ -135,7 +135,7 @@ def _peak_bytes(
     tokens = settings.samples * settings.seqlen
     activations = 2 * (tokens + min(tokens, DRIFT_TOKENS)) * hidden
     # The Hessian, its factor and the drift; gate, up and their product for a micro batch.
-    at_work = max(WORKING_BYTES, 3 * 4 * width * width) + 3 * 4 * MICRO_BATCH_TOKENS * width
+    at_work = max(WORKING_BYTES, 3 * 4 * width * width) + 3 * 4 * micro_batch_tokens(width) * width
     peak = activations + max(embeddings, block + at_work)
     if settings.refine_steps:
         weights = sum(layer.weight_count for layer in plan.layers.values())

@@ -6,24 +6,37 @@ import ctypes
 from functools import cache
 from typing import Any
 
+# From malloc.h.
+_M_MMAP_THRESHOLD = -3
+# Smaller ones are most of what is allocated; a page fault for each of their pages would cost more
+# than it saves.
+_LARGE_BYTES = 4 << 20
+
+
+def return_large_blocks_at_once() -> None:
+    """Have every block of 4 MiB or more mapped by itself, and unmapped when it is freed.
+
+    glibc starts so, but takes each large block that is freed as a sign that more will come: it
+    raises its limit, up to 32 MiB, and keeps what is freed between live tensors. From block to
+    block of a model with inner width 5632 the peak grew by 4 MiB.
+    """
+    library = _c_library()
+    if library is not None:
+        library.mallopt(_M_MMAP_THRESHOLD, _LARGE_BYTES)
+
 
 def return_freed_memory() -> None:
-    """Hand the C library's free pages back.
-
-    glibc keeps what is freed for the next allocation, in pieces between live tensors. Block after
-    block of tensors of many sizes, that grew to half as much again as was in use. Its settings (a
-    fixed ``M_MMAP_THRESHOLD``) would bound it too, but at a page fault for every page of every
-    temporary.
-    """
-    trim = _malloc_trim()
-    if trim is not None:
-        trim(0)
+    """Hand the C library's free pages back."""
+    library = _c_library()
+    if library is not None:
+        library.malloc_trim(0)
 
 
 @cache
-def _malloc_trim() -> Any:
-    """glibc's function; None with another C library."""
+def _c_library() -> Any:
+    """glibc; None with another C library."""
     try:
-        return ctypes.CDLL(None).malloc_trim
+        library = ctypes.CDLL(None)
+        return library if library.malloc_trim and library.mallopt else None
     except (AttributeError, OSError, TypeError):
         return None

@@ -26,7 +26,7 @@ from spallm_serve.compressor.block import (
 from spallm_serve.compressor.calibration import calibration_tokens
 from spallm_serve.compressor.embeddings import embedding_hessian, sketch_embedding
 from spallm_serve.compressor.estimate import output_sizes
-from spallm_serve.compressor.heap import return_freed_memory
+from spallm_serve.compressor.heap import return_freed_memory, return_large_blocks_at_once
 from spallm_serve.compressor.hessian import HessianAccumulator
 from spallm_serve.compressor.observer import Observer
 from spallm_serve.compressor.plan import make_plan, with_bits
@@ -86,6 +86,7 @@ def compress(
     Raises:
         UserError: bad input, or no disk space.
     """
+    return_large_blocks_at_once()
     run = RunDirectory(output)
     with run.locked(), _disk_errors(output):
         if not resume:
@@ -159,7 +160,8 @@ class _Run:
     def execute(self, resumed: bool) -> CompressionRecord:
         """Do all that is not done yet, in order."""
         tokens = self._tokens()
-        batches = micro_batches(tokens.to(self.device))
+        widest = max(layer.columns for layer in self.plan.layers.values())
+        batches = micro_batches(tokens.to(self.device), widest)
         if self.settings.target_bits is not None:
             self.plan = with_bits(self.plan, self._allocation(batches))
         if resumed:

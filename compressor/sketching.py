@@ -20,8 +20,8 @@ from spallm_serve.compressor.rounding import round_with_feedback
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.kernels.reference import dequantize
 
-# Temporaries take about 30 bytes a weight; rows are independent, so they go in chunks.
-_CHUNK_WEIGHTS = 1 << 20
+# Temporaries take up to 60 bytes a weight; rows are independent, so they go in chunks.
+_CHUNK_WEIGHTS = 1 << 19
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,8 @@ from spallm_serve.errors import UserError
 from spallm_serve.models import decoder_blocks, is_norm, linears
 
 MICRO_BATCH_TOKENS = 2048
+# An MLP holds four activations of its inner width at a time; of a wide model, fewer tokens run.
+_MICRO_BATCH_VALUES = 4 << 20
 
 
 class _Stop(Exception):  # noqa: N818 (not an error)
@@ -61,13 +63,19 @@ class BlockInputs:
             self.hidden[batch] = self.run(block, index, batch)
 
 
-def micro_batches(tokens: Tensor) -> list[Tensor]:
-    """Split ``[samples, seqlen]`` into micro batches of one size, about 2,048 tokens each.
+def micro_batch_tokens(widest: int) -> int:
+    """How many tokens run through a block at a time whose widest linear has ``widest`` columns."""
+    return min(MICRO_BATCH_TOKENS, _MICRO_BATCH_VALUES // widest)
 
-    One size for all, because masks recorded for one batch are used for every other.
+
+def micro_batches(tokens: Tensor, widest: int) -> list[Tensor]:
+    """Split ``[samples, seqlen]`` into micro batches of one size.
+
+    One size for all, because masks recorded for one batch are used for every other: about
+    :func:`micro_batch_tokens`, but at least a sample.
     """
     samples, seqlen = tokens.shape
-    size = max(1, min(samples, MICRO_BATCH_TOKENS // seqlen))
+    size = max(1, min(samples, micro_batch_tokens(widest) // seqlen))
     while samples % size:
         size -= 1
     return list(tokens.split(size))

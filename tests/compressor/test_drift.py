@@ -26,9 +26,10 @@ def corrected(
     drift = DriftAccumulator(HessianAccumulator(columns), columns, torch.device("cpu"))
     for original, compressed in pairs:
         drift.add(original, compressed)
-    weights = {"w": weight.clone()}
-    drift.correct(weights, damping)
-    return weights["w"]
+    before = weight.clone()
+    target = drift.corrected({"w": weight}, damping)["w"]
+    assert torch.equal(weight, before)
+    return target
 
 
 def test_is_the_ridge_regression_onto_the_originals_outputs() -> None:

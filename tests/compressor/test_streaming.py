@@ -61,7 +61,7 @@ def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
 def opened(name: str, directory: Path) -> tuple[PreTrainedModel, list[Tensor], BlockInputs]:
     model = AutoModelForCausalLM.from_pretrained(save_tiny(name, directory)).eval()
     tokens = torch.randint(3, 131, (SAMPLES, SEQLEN), generator=torch.Generator().manual_seed(3))
-    batches = micro_batches(tokens)
+    batches = micro_batches(tokens, widest=64)
     assert len(batches) == 3
     return model, batches, capture_block_inputs(model, batches, torch.float32)
 
@@ -121,10 +121,16 @@ def test_blocks_that_are_not_called_once_each(
 @given(samples=st.integers(1, 40), seqlen=st.integers(1, 60))
 def test_micro_batches_are_of_one_size(samples: int, seqlen: int) -> None:
     tokens = torch.arange(samples * seqlen).view(samples, seqlen)
-    batches = micro_batches(tokens)
+    batches = micro_batches(tokens, widest=64)
     assert torch.equal(torch.cat(batches), tokens)
     assert len({batch.shape for batch in batches}) == 1
     assert batches[0].shape[0] == 1 or batches[0].numel() <= 2 * SEQLEN
+
+
+def test_fewer_tokens_of_a_wide_model_run_at_a_time() -> None:
+    widest = streaming._MICRO_BATCH_VALUES // SEQLEN
+    assert [len(batch) for batch in micro_batches(torch.zeros(4, SEQLEN), widest)] == [1] * 4
+    assert len(micro_batches(torch.zeros(4, SEQLEN), 8 * widest)) == 4
 
 
 @torch.no_grad()
