@@ -102,6 +102,28 @@ def kernels(
 
 
 @app.command()
+def generation(
+    variant: Annotated[
+        Optional[list[str]],
+        typer.Option(help="Settings of ours, e.g. bits=4,embeddings=4; may be repeated."),
+    ] = None,
+    new_tokens: Annotated[int, typer.Option(help="Tokens that a call generates.")] = 64,
+    seconds: Annotated[float, typer.Option(help="For all calls together.")] = 60.0,
+    model: _Model = None,
+    scratch: _Scratch = None,
+    json: _Json = None,
+) -> None:
+    """Tokens a second through transformers' generate, beside the original in bfloat16."""
+    with _measuring(scratch) as folder:
+        from spallm_serve.benchmarks.generation import generation_records
+
+        chosen = variant or ("bits=4", "bits=3", "bits=2", "bits=4,embeddings=4")
+        variants = [_variant(text) for text in chosen]
+        source = _model_dir(model, folder)
+        _finish(generation_records(source, folder, variants, new_tokens, seconds), json)
+
+
+@app.command()
 def memory(
     blocks: Annotated[
         Optional[list[int]], typer.Option(help="Depths; 22 blocks make 1.1 B parameters.")

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spallm_serve.benchmarks.records import Record
-from spallm_serve.benchmarks.timing import Timing, interleaved
+from spallm_serve.benchmarks.timing import Timing, allocated_bytes, interleaved
 from spallm_serve.kernels.choice import explain, prepare_codes
 from spallm_serve.kernels.dispatch import lut_linear
 from spallm_serve.kernels.packing import SUPPORTED_BITS, pack_codes
@@ -57,7 +57,7 @@ class _Layer:
 
 
 def kernel_records(models: tuple[str, ...], seconds: float = _SECONDS) -> Iterator[Record]:
-    """Decode, mixed tenants, LoRAs beside a bfloat16 linear, prefill and the table gradient.
+    """Decode, mixed tenants, LoRAs beside a bfloat16 linear, prefill, the tables' gradient.
 
     Args:
         models: of :data:`SHAPES`.
@@ -74,7 +74,8 @@ def kernel_records(models: tuple[str, ...], seconds: float = _SECONDS) -> Iterat
                 for bits in SUPPORTED_BITS:
                     layer = _layer(model, rows, columns, bits, dense)
                     for record in _layer_records(layer, bandwidth, seconds):
-                        console.print(_line(record))
+                        if record.metric != "gradient_bytes":
+                            console.print(_line(record))
                         yield record
 
 
@@ -104,10 +105,10 @@ def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[
             if count == 8 and tokens == 8:
                 yield _record(case, ours, times["LoRA"], "bfloat16 linear + rank-16 LoRAs")
                 yield _record(case, ours, times["1 tenants"], "lut_linear, one tenant")
-    yield _gradient_record(layer, seconds)
+    yield from _gradient_records(layer, seconds)
 
 
-def _gradient_record(layer: _Layer, seconds: float) -> Record:
+def _gradient_records(layer: _Layer, seconds: float) -> Iterator[Record]:
     x = torch.randn(_PREFILL_TOKENS, layer.columns).bfloat16()
     dy = torch.randn(_PREFILL_TOKENS, layer.rows).bfloat16()
     codes, tables = layer.codes[0], layer.tables[:1].contiguous()
@@ -115,9 +116,23 @@ def _gradient_record(layer: _Layer, seconds: float) -> Record:
     def gradient() -> object:
         return torch.ops.spallm.table_gradient(dy, x, codes, tables, None)
 
-    times = interleaved({"ours": gradient, "dense": lambda: dy.T @ x}, seconds)
+    def dense() -> object:
+        return dy.T @ x
+
+    times = interleaved({"ours": gradient, "dense": dense}, seconds)
     case = layer.case(tokens=_PREFILL_TOKENS, tenants=1)
-    return _record(case, times["ours"], times["dense"], "dW by a bfloat16 matmul", "gradient_s")
+    peer = "dW by a bfloat16 matmul"
+    yield _record(case, times["ours"], times["dense"], peer, "gradient_s")
+    ours, theirs = allocated_bytes(gradient), allocated_bytes(dense)
+    yield Record(
+        bench="kernels",
+        case=case,
+        metric="gradient_bytes",
+        ours=ours,
+        peer=theirs,
+        peer_name=peer,
+        ratio=round(theirs / ours, 3),
+    )
 
 
 def _ours(layer: _Layer, x: Tensor, tenants: int) -> Callable[[], object]:

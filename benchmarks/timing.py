@@ -1,4 +1,4 @@
-"""Times of functions that run side by side in one process."""
+"""Times of functions that run side by side in one process, and what memory they take."""
 
 from __future__ import annotations
 
@@ -40,6 +40,22 @@ def interleaved(functions: dict[str, Callable[[], object]], seconds: float) -> d
             function()
             taken[name].append(time.perf_counter() - before)
     return {name: _timing(times) for name, times in taken.items()}
+
+
+def allocated_bytes(function: Callable[[], object]) -> int:
+    """The most that one call holds of torch's memory at a time, its result included."""
+    from torch.profiler import ProfilerActivity, profile
+
+    function()  # what is made once and kept is not counted
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        result = function()
+        del result
+    held = most = 0
+    for event in recorded.profiler.kineto_results.events():  # type: ignore[union-attr]
+        if event.name() == "[memory]":
+            held += event.nbytes()
+            most = max(most, held)
+    return most
 
 
 def _timing(times: list[float]) -> Timing:

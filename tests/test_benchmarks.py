@@ -17,10 +17,11 @@ from spallm_serve.benchmarks.model import write_random_llama
 from spallm_serve.benchmarks.quality import RememberedLogits, chosen_peers
 from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
 from spallm_serve.benchmarks.resume import directory_digest
+from spallm_serve.benchmarks.timing import allocated_bytes
 from spallm_serve.errors import UserError
 from spallm_serve.evaluation import compare
 from spallm_serve.models import open_source, skeleton
-from tests.tiny_models import CONFIGS
+from tests.tiny_models import CONFIGS, save_tiny, save_tokenizer
 
 QUALITY = {
     "bits_per_weight": 3.2, "setting": "bits=3", "kl": 0.2, "kl_standard_error": 0.01,
@@ -119,6 +120,27 @@ def test_kernel_benchmark_covers_decode_tenants_prefill_and_gradient(
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     decode = {(r.case["bits"], r.case["tokens"], r.case["tenants"]) for r in found[1:]}
     assert decode >= {(bits, 8, count) for bits in (2, 3, 4) for count in (1, 8)}
-    assert {r.metric for r in found} == {"copy_bytes_per_s", "time_s", "gradient_s"}
+    metrics = {"copy_bytes_per_s", "time_s", "gradient_s", "gradient_bytes"}
+    assert {r.metric for r in found} == metrics
     assert all(r.ratio is not None and r.ratio > 0 for r in found[1:])
     assert CliRunner().invoke(app, ["kernels", "--model", "GPT-9"]).exit_code == 2
+
+
+def test_allocated_bytes_are_the_most_held_at_a_time() -> None:
+    x = torch.randn(64, 1000)
+    assert x.nbytes <= allocated_bytes(lambda: x + 1) < 1.1 * x.nbytes
+    assert 2 * x.nbytes <= allocated_bytes(lambda: (x + 1) + 1) < 2.1 * x.nbytes
+
+
+def test_generation_benchmark_compares_each_variant_with_the_original(tmp_path: Path) -> None:
+    source = save_tokenizer(save_tiny("llama", tmp_path / "model"))
+    found = tmp_path / "found.json"
+    arguments = ["generation", "--model", str(source), "--new-tokens", "4", "--seconds", "0"]
+    arguments += ["--variant", "bits=2", "--variant", "bits=4,embeddings=4", "--json", str(found)]
+    result = CliRunner().invoke(app, arguments)
+    assert result.exit_code == 0, result.output
+    records = BenchmarkResults.model_validate_json(found.read_text()).records
+    assert [(r.case["bits"], r.case.get("embeddings")) for r in records] == [(2, None), (4, 4)]
+    assert all(
+        r.ours and r.peer and r.ratio == pytest.approx(r.ours / r.peer, 0.1) for r in records
+    )

@@ -138,16 +138,20 @@ class CpuBackend:
         self, dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
     ) -> Tensor:
         """float32 in the shape of ``tables``; of a weight's gradient only a tile is ever made."""
+        columns = x.shape[1]
         dtables = torch.zeros(tables.shape, dtype=torch.float32)
-        self._refuse_other_codes(codes, tables[0], x.shape[1])
+        self._refuse_other_codes(codes, tables[0], columns)
+        tile = x.new_empty(self._tile_height(codes, columns), columns)
         for slot, tokens in slot_runs(slots, x.shape[0]):
             theirs, activations = dy[tokens], x[tokens]
-            for rows in self._tile_rows(codes, x.shape[1]):
-                values = (theirs[:, rows].T @ activations).float().contiguous()
+            for rows in self._tile_rows(codes, columns):
+                values = tile[: rows.stop - rows.start]
+                torch.matmul(theirs[:, rows].T, activations, out=values)
                 sums = dtables[slot, rows]
                 library().spallm_bucket_sums(
-                    *_rows_arguments(codes, rows, x.shape[1], sums),
+                    *_rows_arguments(codes, rows, columns, sums),
                     values.data_ptr(),
+                    _TYPES[values.dtype],
                     sums.data_ptr(),
                     self.level,
                 )
@@ -197,9 +201,11 @@ class CpuBackend:
         tokens: Tensor | slice,
     ) -> None:
         theirs = x[tokens]
+        # The product is made transposed, so that each tile's part of it is one piece of memory.
+        transposed = x.new_empty(self.rows(codes), len(theirs))
         for rows, weight in self._tiles(codes, tables, x.shape[1], x.dtype):
-            part = theirs @ weight.T
-            y[tokens, rows] = part if bias is None else part + bias[rows].to(part.dtype)
+            torch.matmul(weight, theirs.T, out=transposed[rows])
+        y[tokens] = transposed.T if bias is None else transposed.T + bias.to(y.dtype)
 
     def _tiles(
         self, codes: Tensor, tables: Tensor, columns: int, dtype: torch.dtype
@@ -210,10 +216,8 @@ class CpuBackend:
         """
         self._refuse_other_codes(codes, tables, columns)
         decoded = torch.float32 if dtype == torch.float16 else dtype
-        tile: Tensor | None = None
+        tile = torch.empty(self._tile_height(codes, columns), columns, dtype=decoded)
         for rows in self._tile_rows(codes, columns):
-            if tile is None:
-                tile = torch.empty(rows.stop, columns, dtype=decoded)
             weight = tile[: rows.stop - rows.start]
             library().spallm_decode(
                 *_rows_arguments(codes, rows, columns, tables),
@@ -227,10 +231,12 @@ class CpuBackend:
 
     def _tile_rows(self, codes: Tensor, columns: int) -> Iterator[slice]:
         """All rows, as many at a time as make a tile."""
-        count = self.rows(codes)
-        height = max(1, TILE_WEIGHTS // max(columns, 1))
+        count, height = self.rows(codes), self._tile_height(codes, columns)
         for start in range(0, count, height):
             yield slice(start, min(start + height, count))
+
+    def _tile_height(self, codes: Tensor, columns: int) -> int:
+        return max(1, min(self.rows(codes), TILE_WEIGHTS // max(columns, 1)))
 
     def _refuse_other_codes(self, codes: Tensor, tables: Tensor, columns: int) -> None:
         rows, groups, entries = tables.shape

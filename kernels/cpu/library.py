@@ -25,8 +25,8 @@ _FUNCTIONS = {
     # planes, rows, columns, groups, bits; packed
     "spallm_pack": (None, (*_CODES, _POINTER)),
     "spallm_unpack": (None, (*_CODES, _POINTER)),
-    # values; sums; level
-    "spallm_bucket_sums": (None, (*_CODES, _POINTER, _POINTER, _I32)),
+    # values, type; sums; level
+    "spallm_bucket_sums": (None, (*_CODES, _POINTER, _I32, _POINTER, _I32)),
 }  # fmt: skip
 
 

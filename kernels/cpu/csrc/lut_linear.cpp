@@ -104,8 +104,12 @@ const char* prepared(const Layout& layout, const char* x, Type from, Type to, in
   return out;
 }
 
-void load_tables(const char* tables, Type type, int64_t count, float* out) {
-  for (int64_t k = 0; k < count; ++k) out[k] = load(tables, k, type);
+void load_floats(const char* from, Type type, int64_t count, float* out) {
+  if (type == kBfloat16)  // a loop of its own: the compiler makes vectors of it
+    for (int64_t k = 0; k < count; ++k)
+      out[k] = from_bfloat16(reinterpret_cast<const uint16_t*>(from)[k]);
+  else
+    for (int64_t k = 0; k < count; ++k) out[k] = load(from, k, type);
 }
 
 struct Output {
@@ -143,7 +147,7 @@ void row_float32(const Kernels& with, const Layout& layout, const uint8_t* codes
   float* weights = tables + entries;
   for (int t = 0; t < batch.count; ++t) {
     if (t == 0 || !batch.one_slot) {
-      load_tables(batch.tables[t] + table_offset, table_type, entries, tables);
+      load_floats(batch.tables[t] + table_offset, table_type, entries, tables);
       with.decode_float32(layout, codes, tables, weights, layout.steps() * kStep);
     }
     products[t] = with.dot_float32(
@@ -243,7 +247,7 @@ void spallm_decode(const uint8_t* codes, int64_t rows, int64_t columns, int64_t 
   for (int64_t row = 0; row < rows; ++row) {
     thread_local Scratch scratch;
     float* values = reinterpret_cast<float*>(scratch.at_least(entries * sizeof(float)));
-    load_tables(tables + row * entries * size_of(stored), stored, entries, values);
+    load_floats(tables + row * entries * size_of(stored), stored, entries, values);
     const uint8_t* at = codes + row * layout.row_bytes();
     if (out_type == kFloat32)
       with.decode_float32(layout, at, values, reinterpret_cast<float*>(out) + row * columns,
@@ -256,16 +260,25 @@ void spallm_decode(const uint8_t* codes, int64_t rows, int64_t columns, int64_t 
 
 // sums[r, g, k] += the sum of values[r, j] over the columns j of group g with code k.
 void spallm_bucket_sums(const uint8_t* codes, int64_t rows, int64_t columns, int64_t groups,
-                        int32_t bits, const float* values, float* sums, int32_t level) {
+                        int32_t bits, const char* values, int32_t values_type, float* sums,
+                        int32_t level) {
   const Layout layout{rows, columns, groups, bits};
   const Kernels& with = kernels(level);
+  const Type type = static_cast<Type>(values_type);
   const int64_t entries = groups * layout.entries();
 
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns, rows))
   for (int64_t row = 0; row < rows; ++row) {
     thread_local Scratch scratch;
-    float* found = reinterpret_cast<float*>(scratch.at_least(entries * sizeof(float)));
-    with.bucket_sums(layout, codes + row * layout.row_bytes(), values + row * columns, found);
+    float* found =
+        reinterpret_cast<float*>(scratch.at_least((entries + columns) * sizeof(float)));
+    const char* given = values + row * columns * size_of(type);
+    if (type != kFloat32) {
+      load_floats(given, type, columns, found + entries);
+      given = reinterpret_cast<const char*>(found + entries);
+    }
+    with.bucket_sums(layout, codes + row * layout.row_bytes(),
+                     reinterpret_cast<const float*>(given), found);
     for (int64_t k = 0; k < entries; ++k) sums[row * entries + k] += found[k];
   }
 }

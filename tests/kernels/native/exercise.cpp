@@ -20,8 +20,8 @@ int64_t spallm_lut_linear(const uint8_t*, int64_t, int64_t, int64_t, int32_t, co
                           int32_t, char*, int32_t);
 void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t, char*,
                    int32_t, int32_t);
-void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const float*, float*,
-                        int32_t);
+void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
+                        float*, int32_t);
 void spallm_pack(const uint8_t*, int64_t, int64_t, int64_t, int32_t, uint8_t*);
 void spallm_unpack(uint8_t*, int64_t, int64_t, int64_t, int32_t, const uint8_t*);
 }
@@ -103,7 +103,7 @@ void exercise(const Layout& layout) {
     const Buffer x = numbers(tokens * layout.columns, type);
     const Buffer tables = numbers(n_slots * layout.rows * entries, stored);
     const Buffer bias = numbers(layout.rows, stored);
-    const Buffer values = numbers(layout.rows * layout.columns, kFloat32);
+    const Buffer values = numbers(layout.rows * layout.columns, type);
     std::vector<Buffer> y, weights, sums;
     for (int32_t level = 0; level <= spallm_cpu_level(); ++level) {
       y.emplace_back(tokens * layout.rows * size_of(type));
@@ -122,7 +122,7 @@ void exercise(const Layout& layout) {
       sums.emplace_back(layout.rows * entries * sizeof(float));
       std::memset(sums.back().data(), 0, layout.rows * entries * sizeof(float));
       spallm_bucket_sums(rows, layout.rows, layout.columns, layout.groups, layout.bits,
-                         reinterpret_cast<const float*>(values.data()),
+                         values.data(), type,
                          reinterpret_cast<float*>(sums.back().data()), level);
       compare(layout, "bucket_sums", level, sums.back().data(), sums[0].data(),
               layout.rows * entries, kFloat32, 1e-3f);
