@@ -26,7 +26,7 @@ SHAPES = {
     "SmolLM2-135M": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
 _PREFILL_TOKENS = 512
-TOKENS = (1, 8, 32, _PREFILL_TOKENS)
+TOKENS = (1, 8, 32, 64, _PREFILL_TOKENS)
 TENANTS = (1, 8, 64)
 LORA_RANK = 16
 _POOL_BYTES = 512 << 20
@@ -91,7 +91,7 @@ def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[
     for tokens in TOKENS:
         x = torch.randn(tokens, layer.columns).bfloat16()
         functions: dict[str, Callable[[], object]] = {"linear": _linear(layer, x)}
-        counts = [count for count in TENANTS if count <= tokens and tokens < _PREFILL_TOKENS] or [1]
+        counts = [count for count in TENANTS if count <= tokens]
         for count in counts:
             functions[f"{count} tenants"] = _ours(layer, x, count)
         if tokens == 8:
@@ -99,8 +99,13 @@ def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[
         times = interleaved(functions, seconds)
         for count in counts:
             ours = times[f"{count} tenants"]
-            floor = _bytes_needed(layer, tokens, count) / bandwidth
-            case = layer.case(tokens=tokens, tenants=count, of_floor=round(floor / ours.median, 3))
+            speed = _bytes_needed(layer, tokens, count) / ours.median
+            case = layer.case(
+                tokens=tokens,
+                tenants=count,
+                bytes_per_s=int(speed),
+                of_floor=round(speed / bandwidth, 3),
+            )
             yield _record(case, ours, times["linear"], "torch bfloat16 linear")
             if count == 8 and tokens == 8:
                 yield _record(case, ours, times["LoRA"], "bfloat16 linear + rank-16 LoRAs")
@@ -205,8 +210,11 @@ def _record(
 def _line(record: Record) -> str:
     case = record.case
     assert record.ours is not None
-    return (
+    line = (
         f"{case['rows']} x {case['columns']}, {case['bits']} bits, {case['tokens']} tokens of "
         f"{case['tenants']} tenants, {record.metric}: {1e3 * record.ours:.3f} ms, "
         f"{record.ratio} x {record.peer_name}"
     )
+    if "bytes_per_s" not in case:
+        return line
+    return f"{line}; {float(case['bytes_per_s'] or 0) / 1e9:.1f} GB/s, {case['of_floor']} of a copy"

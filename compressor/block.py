@@ -25,7 +25,7 @@ from spallm_serve.compressor.sketching import (
 from spallm_serve.compressor.streaming import BlockInputs, InputGroup, group_by_input
 from spallm_serve.compressor.svd import svd_estimator
 from spallm_serve.kernels.packing import SUPPORTED_BITS
-from spallm_serve.models import weight_of
+from spallm_serve.models import dematerialize, weight_of
 from spallm_serve.sketch import Sketch
 
 # The drift between the two models' inputs is smooth: so many tokens of the original are enough.
@@ -64,7 +64,8 @@ class BlockPair:
         index: its position.
         block: its linears are overwritten one after another.
         inputs: what it reads behind the compressed blocks.
-        original: the untouched block, or None where drift is not corrected.
+        original: the untouched block, or None where drift is not corrected; its weights are given
+            back as soon as they are not needed.
         original_inputs: what that reads in the original model; the first micro batches are enough.
     """
 
@@ -213,9 +214,14 @@ def _for_each_group(
             original = begin(pair.original, pair.original_inputs, 1 - share)
         walk = begin(pair.block, pair.inputs, share)
         for group in groups:
-            use(group, *_observe(walk, original, group.names, pair, settings))
+            observed = _observe(walk, original, group.names, pair, settings)
+            if original and pair.original and group is groups[-1]:
+                # Now, so that its weights are gone while the last linears are compressed.
+                original.finish()
+                dematerialize(pair.original)
+            use(group, *observed)
         walk.finish()
-        if original is not None:
+        if original and not groups:
             original.finish()
 
 

@@ -21,7 +21,7 @@ from spallm_serve.compressor.hessian import (
 )
 
 # Rows of a weight that are corrected at a time.
-_CHUNK_ROWS = 512
+_CHUNK_ROWS = 128
 
 
 class DriftAccumulator:
