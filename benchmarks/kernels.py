@@ -16,8 +16,7 @@ from torch.nn import functional as F
 
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.timing import Timing, allocated_bytes, interleaved
-from spallm_serve.kernels.choice import explain, prepare_codes
-from spallm_serve.kernels.dispatch import lut_linear
+from spallm_serve.kernels import explain, lut_linear, prepare_codes
 from spallm_serve.kernels.packing import SUPPORTED_BITS, pack_codes
 
 SHAPES = {

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from spallm_serve.kernels.choice import backend_of, prepare_codes
-from spallm_serve.kernels.dispatch import lut_linear
+from spallm_serve.kernels import lut_linear, prepare_codes
+from spallm_serve.kernels.choice import backend_of
 from spallm_serve.kernels.packing import plane_width, unpack_codes
 from spallm_serve.kernels.reference import dequantize
 

@@ -12,13 +12,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from spallm_serve.kernels import choice, dispatch
-from spallm_serve.kernels.choice import FORCE_VARIABLE, explain, prepare_codes
+from spallm_serve.kernels import choice, dispatch, explain, lut_linear, prepare_codes
+from spallm_serve.kernels.choice import FORCE_VARIABLE
 from spallm_serve.kernels.cpu import backend as cpu_backend
 from spallm_serve.kernels.cpu import library as native
 from spallm_serve.kernels.cpu.backend import CpuBackend
 from spallm_serve.kernels.cpu.library import LEVELS, best_level, library
-from spallm_serve.kernels.dispatch import lut_linear
 from spallm_serve.kernels.native import NativeLibraryError
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.kernels.reference import dequantize

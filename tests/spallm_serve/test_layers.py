@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from spallm_serve.kernels.choice import explain
+from spallm_serve.kernels import explain
 from spallm_serve.layers import SketchedEmbedding, SketchedLinear, TiedHead
 from spallm_serve.sketch import Sketch
 
