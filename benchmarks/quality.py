@@ -55,7 +55,7 @@ def quality_records(
     windows: int,
     samples: int,
 ) -> Iterator[Record]:
-    """Measure the peers' settings, then our variants, as they come.
+    """Measure our variants, then the peers' settings, as they come.
 
     Perplexity, KL divergence from the original and top-1 agreement on the same windows; bits per
     weight count tables, scales, zero points and indices; seconds are of compressing alone.
@@ -84,12 +84,6 @@ def quality_records(
         )
         return _record(name, setting, bits, seconds, found, tokens)
 
-    for name, setting in peers:
-        peer = importlib.import_module(f"spallm_serve.benchmarks.peers.{name}")
-        result = peer.compress(model_dir, tokens, setting, scratch)
-        yield judge(result.name, setting, result.bits_per_weight, result.seconds, result.model)
-        del result
-        gc.collect()
     for number, variant in enumerate(variants):
         settings = parse_settings(
             {"calibration": str(calibration), "samples": samples, "seqlen": SEQLEN} | variant
@@ -101,6 +95,12 @@ def quality_records(
         seconds = time.perf_counter() - started
         setting = ", ".join(f"{key}={value}" for key, value in variant.items())
         yield judge("SpaLLM", setting, record.bits_per_weight, seconds, load_model(output))
+        gc.collect()
+    for name, setting in peers:
+        peer = importlib.import_module(f"spallm_serve.benchmarks.peers.{name}")
+        result = peer.compress(model_dir, tokens, setting, scratch)
+        yield judge(result.name, setting, result.bits_per_weight, result.seconds, result.model)
+        del result
         gc.collect()
 
 
