@@ -18,7 +18,7 @@ from spallm_serve.compressor.streaming import micro_batch_tokens
 from spallm_serve.models import ModelSource, checked_name, decoder_blocks, skeleton, weight_of
 
 # Measured on the 135M and 1.1B models of the benchmarks.
-_INTERPRETER_BYTES = 360 << 20
+_INTERPRETER_BYTES = 450 << 20
 # Products with H per weight and input column: rounding half a one, two gradients, two passes of
 # descent, two refits and two errors; without a refit rounding and the errors.
 _REFIT_PRODUCTS = 8
