@@ -32,8 +32,8 @@ from spallm_serve.sketch import Sketch
 DRIFT_TOKENS = 16384
 # For Hessians, and for passes that wait between groups of linears.
 # Beside what comes with a model, a run may take 700 MB. The interpreter and its libraries take
-# about 350, a chunk of rows and a micro batch at work up to 120; this is left.
-WORKING_BYTES = 230_000_000
+# about 470, a chunk of rows and a micro batch at work up to 75; this is left.
+WORKING_BYTES = 175_000_000
 # Matrices as large as the Hessian that correcting, factoring and rounding need at a time.
 _HESSIANS = 5
 

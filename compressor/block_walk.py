@@ -8,7 +8,7 @@ as fit into a given amount of memory; the rest do run anew, with the same result
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,6 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from spallm_serve.compressor.streaming import BlockInputs
-from spallm_serve.models import weight_of
 
 
 class BlockWalk:
@@ -51,9 +50,10 @@ class BlockWalk:
             return inputs.run(block, index, batch)
 
         self._run = run
-        self._room = {
-            name: waiting_bytes // _waiting_bytes(block, inputs.hidden[0], name) for name in stops
-        }
+        self._waiting_bytes = waiting_bytes
+        self._shared = set(_storages([inputs.hidden, inputs.calls[index], *block.parameters()]))
+        # How many passes may wait at each stop, known once one has come there.
+        self._room: dict[str, int] = {}
         self._waiting: dict[int, greenlet] = {}
 
     def __enter__(self) -> BlockWalk:
@@ -82,6 +82,9 @@ class BlockWalk:
             if current.dead:
                 raise RuntimeError(f"the block ran to its end without a stop at {stop}")
             reached, value = state
+        if stop not in self._room:
+            held = _held_bytes(current, self._shared)
+            self._room[stop] = self._waiting_bytes // max(held, 1)
         if batch < self._room[stop]:
             self._waiting[batch] = current
         else:
@@ -114,7 +117,29 @@ def _resume(waiting: greenlet, batch: int) -> Any:
         return waiting.switch() if waiting else waiting.switch(batch)
 
 
-def _waiting_bytes(block: nn.Module, hidden: Tensor, stop: str) -> int:
-    """About what one pass holds at a stop: the residual, its norm and what the linear reads."""
-    width = weight_of(block.get_submodule(stop)).shape[1]
-    return hidden.nbytes // hidden.shape[-1] * (2 * hidden.shape[-1] + width)
+def _held_bytes(waiting: greenlet, shared: set[int]) -> int:
+    """Bytes of the tensors that the frames of a waiting pass name, but for those it shares.
+
+    What it will read next is least of it: attention keeps queries, keys and values until it ends.
+    """
+    held: dict[int, int] = {}
+    frame = waiting.gr_frame
+    while frame is not None:
+        held |= _storages(frame.f_locals)
+        frame = frame.f_back
+    return sum(size for at, size in held.items() if at not in shared)
+
+
+def _storages(value: Any) -> dict[int, int]:
+    """Address and bytes of each storage of the tensors in nested containers."""
+    if isinstance(value, Tensor):
+        storage = value.untyped_storage()
+        return {storage.data_ptr(): storage.nbytes()}
+    if isinstance(value, Mapping):
+        value = value.values()
+    elif not isinstance(value, list | tuple):
+        return {}
+    found: dict[int, int] = {}
+    for part in value:
+        found |= _storages(part)
+    return found

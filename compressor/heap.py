@@ -10,11 +10,11 @@ from typing import Any
 _M_MMAP_THRESHOLD = -3
 # Smaller ones are most of what is allocated; a page fault for each of their pages would cost more
 # than it saves.
-_LARGE_BYTES = 4 << 20
+_LARGE_BYTES = 2 << 20
 
 
 def return_large_blocks_at_once() -> None:
-    """Have every block of 4 MiB or more mapped by itself, and unmapped when it is freed.
+    """Have every block of 2 MiB or more mapped by itself, and unmapped when it is freed.
 
     glibc starts so, but takes each large block that is freed as a sign that more will come: it
     raises its limit, up to 32 MiB, and keeps what is freed between live tensors. From block to

@@ -9,13 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from greenlet import getcurrent, greenlet
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spallm_serve.compressor.streaming as streaming
-from spallm_serve.compressor.block_walk import BlockWalk
+from spallm_serve.compressor.block_walk import BlockWalk, _held_bytes
 from spallm_serve.compressor.streaming import (
     BlockInputs,
     InputGroup,
@@ -156,6 +157,25 @@ def stops_of(name: str) -> list[str]:
 # One of the three micro batches of the tiny models waits with about 15,000 bytes.
 WAITING = {"all wait": 1 << 20, "some wait": 40_000, "none waits": 0}
 waiting = pytest.mark.parametrize("waiting", WAITING.values(), ids=WAITING.keys())
+
+
+def test_a_pass_is_charged_for_all_that_its_frames_keep() -> None:
+    """Attention waiting in front of its last linear keeps queries, keys and values, too."""
+    shared, main = torch.zeros(1000), getcurrent()
+
+    def attention(x: Tensor) -> None:
+        queries, keys = torch.zeros(300), [torch.zeros(50), x]
+        view = queries[:10]
+        main.switch(queries, keys, view)
+
+    def block(x: Tensor) -> None:
+        normed = x + 1
+        attention(normed)
+
+    walk = greenlet(block)
+    walk.switch(shared)
+    assert _held_bytes(walk, {shared.untyped_storage().data_ptr()}) == 4 * (1000 + 300 + 50)
+    walk.throw()
 
 
 @waiting
