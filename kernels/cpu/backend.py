@@ -11,6 +11,7 @@ from collections.abc import Iterator
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spallm_serve.kernels.arguments import (
     check_code_rows,
@@ -33,8 +34,11 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OTHER_CODES = -2  # what the kernels answer where the header says something else
 # Tokens of one slot from which decoding for the BLAS pays.
 BLAS_TOKENS = 48
-# Weights decoded at a time.
-TILE_WEIGHTS = 1 << 20
+# Weights decoded at a time; smaller tiles are slower to multiply by.
+TILE_WEIGHTS = 2 << 20
+# Weights of whose gradient a tile is made at a time: a twelfth of a layer's, within these limits.
+GRADIENT_TILE_WEIGHTS = (1 << 18, 1 << 20)
+_GRADIENT_TILES = 12
 
 
 class CpuBackend:
@@ -141,10 +145,13 @@ class CpuBackend:
         columns = x.shape[1]
         dtables = torch.zeros(tables.shape, dtype=torch.float32)
         self._refuse_other_codes(codes, tables[0], columns)
-        tile = x.new_empty(self._tile_height(codes, columns), columns)
+        least, most = GRADIENT_TILE_WEIGHTS
+        size = min(most, max(least, self.rows(codes) * columns // _GRADIENT_TILES))
+        tiles = self._tile_rows(codes, columns, size)
+        tile = x.new_empty(tiles[0].stop if tiles else 0, columns)
         for slot, tokens in slot_runs(slots, x.shape[0]):
             theirs, activations = dy[tokens], x[tokens]
-            for rows in self._tile_rows(codes, columns):
+            for rows in tiles:
                 values = tile[: rows.stop - rows.start]
                 torch.matmul(theirs[:, rows].T, activations, out=values)
                 sums = dtables[slot, rows]
@@ -201,11 +208,9 @@ class CpuBackend:
         tokens: Tensor | slice,
     ) -> None:
         theirs = x[tokens]
-        # The product is made transposed, so that each tile's part of it is one piece of memory.
-        transposed = x.new_empty(self.rows(codes), len(theirs))
         for rows, weight in self._tiles(codes, tables, x.shape[1], x.dtype):
-            torch.matmul(weight, theirs.T, out=transposed[rows])
-        y[tokens] = transposed.T if bias is None else transposed.T + bias.to(y.dtype)
+            added = None if bias is None else bias[rows].to(x.dtype)
+            y[tokens, rows] = F.linear(theirs, weight, added)
 
     def _tiles(
         self, codes: Tensor, tables: Tensor, columns: int, dtype: torch.dtype
@@ -216,8 +221,9 @@ class CpuBackend:
         """
         self._refuse_other_codes(codes, tables, columns)
         decoded = torch.float32 if dtype == torch.float16 else dtype
-        tile = torch.empty(self._tile_height(codes, columns), columns, dtype=decoded)
-        for rows in self._tile_rows(codes, columns):
+        tiles = self._tile_rows(codes, columns, TILE_WEIGHTS)
+        tile = torch.empty(tiles[0].stop if tiles else 0, columns, dtype=decoded)
+        for rows in tiles:
             weight = tile[: rows.stop - rows.start]
             library().spallm_decode(
                 *_rows_arguments(codes, rows, columns, tables),
@@ -229,14 +235,10 @@ class CpuBackend:
             )
             yield rows, weight.to(dtype)
 
-    def _tile_rows(self, codes: Tensor, columns: int) -> Iterator[slice]:
-        """All rows, as many at a time as make a tile."""
-        count, height = self.rows(codes), self._tile_height(codes, columns)
-        for start in range(0, count, height):
-            yield slice(start, min(start + height, count))
-
-    def _tile_height(self, codes: Tensor, columns: int) -> int:
-        return max(1, min(self.rows(codes), TILE_WEIGHTS // max(columns, 1)))
+    def _tile_rows(self, codes: Tensor, columns: int, weights: int) -> list[slice]:
+        """All rows, as many at a time as have about ``weights`` weights."""
+        count, height = self.rows(codes), max(1, weights // max(columns, 1))
+        return [slice(start, min(start + height, count)) for start in range(0, count, height)]
 
     def _refuse_other_codes(self, codes: Tensor, tables: Tensor, columns: int) -> None:
         rows, groups, entries = tables.shape
