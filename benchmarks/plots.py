@@ -13,7 +13,7 @@ _LINEAR = "torch bfloat16 linear"
 def plot_kernels(found: BenchmarkResults, path: Path) -> None:
     """How many times faster than the bfloat16 linear, by tokens, a panel a shape.
 
-    Solid for one tenant, dashed for several.
+    Solid for one tenant, dashed for the most that were measured: as many as tokens, up to 64.
     """
     from matplotlib.figure import Figure
 
@@ -32,7 +32,10 @@ def plot_kernels(found: BenchmarkResults, path: Path) -> None:
     for panel in panels[len(shapes) :]:
         panel.set_visible(False)
     panels[0].legend(fontsize=8, frameon=False)
-    figure.suptitle(f"lut_linear against {_LINEAR}, {found.machine['threads']} CPU threads")
+    figure.suptitle(
+        f"lut_linear against {_LINEAR}, {found.machine['threads']} CPU threads\n"
+        "most tenants: as many as tokens, up to 64"
+    )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)
 
@@ -46,7 +49,7 @@ def _plot_shape(panel, shape: tuple[str, int, int], records: list[Record]) -> No
     for bits, colour in _COLOURS.items():
         for mixed, style in ((False, "-"), (True, "--")):
             points = sorted(_points(records, bits, mixed))
-            label = f"{bits} bits{', 8 tenants' if mixed else ''}"
+            label = f"{bits} bits{', most tenants' if mixed else ''}"
             panel.plot(*zip(*points, strict=True), style, color=colour, marker=".", label=label)
     panel.axhline(1, color="#888888", linewidth=0.8)
     panel.set_xscale("log", base=2)

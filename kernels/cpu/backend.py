@@ -33,12 +33,14 @@ from spallm_serve.kernels.reference import slot_runs
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OTHER_CODES = -2  # what the kernels answer where the header says something else
 # Tokens of one slot from which decoding for the BLAS pays.
-BLAS_TOKENS = 48
+BLAS_TOKENS = 80
 # Weights decoded at a time; smaller tiles are slower to multiply by.
-TILE_WEIGHTS = 2 << 20
-# Weights of whose gradient a tile is made at a time: a twelfth of a layer's, within these limits.
+TILE_WEIGHTS = 4 << 20
+# The BLAS is slow at odd heights.
+_EVEN_ROWS = 64
+# Weights of whose gradient a tile is made at a time: a sixteenth of a layer's, within these limits.
 GRADIENT_TILE_WEIGHTS = (1 << 18, 1 << 20)
-_GRADIENT_TILES = 12
+_GRADIENT_TILES = 16
 
 
 class CpuBackend:
@@ -238,6 +240,8 @@ class CpuBackend:
     def _tile_rows(self, codes: Tensor, columns: int, weights: int) -> list[slice]:
         """All rows, as many at a time as have about ``weights`` weights."""
         count, height = self.rows(codes), max(1, weights // max(columns, 1))
+        if height > _EVEN_ROWS:
+            height -= height % _EVEN_ROWS
         return [slice(start, min(start + height, count)) for start in range(0, count, height)]
 
     def _refuse_other_codes(self, codes: Tensor, tables: Tensor, columns: int) -> None:

@@ -114,7 +114,7 @@ cases = st.builds(
     rows=st.integers(1, 20),
     width=st.one_of(st.integers(1, 70), st.sampled_from([128, 512, 576, 1100])),
     groups=st.integers(1, 8),
-    tokens=st.one_of(st.integers(0, 20), st.sampled_from([47, 48, 130])),
+    tokens=st.one_of(st.integers(0, 20), st.sampled_from([79, 80, 130])),
     n_slots=st.one_of(st.none(), st.integers(1, 20)),
     bias=st.booleans(),
     dtype=st.sampled_from(list(TOLERANCE)),
@@ -324,9 +324,26 @@ def test_every_output_is_written(monkeypatch: pytest.MonkeyPatch, backend: str) 
         assert_right(make_case(3, rows=33, tokens=tokens, dtype=torch.bfloat16))
 
 
+@pytest.mark.parametrize("tile_rows", [1, 50, 100, 1000])
+def test_many_tokens_are_multiplied_tile_by_tile(
+    tile_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, f"cpu-{LEVELS[0]}")
+    monkeypatch.setattr(cpu_backend, "TILE_WEIGHTS", tile_rows * 40)
+    assert_right(make_case(4, rows=150, width=20, groups=2, tokens=300, n_slots=2))
+    case = make_case(3, rows=150, width=20, groups=2, tokens=90, n_slots=2)
+    dy = torch.randn(90, 150)
+    found = CpuBackend("scalar").input_gradient(dy, prepared(case), case.tables, case.slots, 40)
+    assert case.slots is not None
+    wanted = torch.stack(
+        [row.double() @ case.weights[slot] for row, slot in zip(dy, case.slots, strict=True)]
+    )
+    torch.testing.assert_close(found.double(), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_the_table_gradient_never_forms_a_dense_one(monkeypatch: pytest.MonkeyPatch) -> None:
     force(monkeypatch, f"cpu-{LEVELS[0]}")
-    monkeypatch.setattr(cpu_backend, "TILE_WEIGHTS", 74 * 2)
+    monkeypatch.setattr(cpu_backend, "GRADIENT_TILE_WEIGHTS", (74 * 2, 74 * 2))
     sizes: list[int] = []
 
     class Watch(TorchDispatchMode):
