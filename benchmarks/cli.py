@@ -161,20 +161,20 @@ def resume(
 
 @app.command()
 def table(
-    file: Annotated[Path, typer.Argument(help="Results of the quality benchmark.")],
+    file: Annotated[Path, typer.Argument(help="Results of the quality or the kernels benchmark.")],
 ) -> None:
     """Print a result file as a Markdown table."""
     with user_errors():
         from pydantic import ValidationError
 
         from spallm_serve.benchmarks.records import BenchmarkResults
-        from spallm_serve.benchmarks.tables import quality_table
+        from spallm_serve.benchmarks.tables import result_table
 
         try:
             found = BenchmarkResults.model_validate_json(file.read_text())
         except (OSError, ValidationError) as error:
             raise UserError(f"{file}: not a result file ({error})") from error
-        typer.echo(quality_table(found))
+        typer.echo(result_table(found))
 
 
 def _variant(text: str) -> dict[str, Any]:

@@ -124,6 +124,11 @@ def test_kernel_benchmark_covers_decode_tenants_prefill_and_gradient(
     assert {r.metric for r in found} == metrics
     assert all(r.ratio is not None and r.ratio > 0 for r in found[1:])
     assert CliRunner().invoke(app, ["kernels", "--model", "GPT-9"]).exit_code == 2
+    lines = CliRunner().invoke(app, ["table", str(tmp_path / "found.json")]).output.splitlines()
+    assert [line.split(" | ")[:2] for line in lines[2:]] == [
+        ["| 24 x 40", str(bits)] for bits in (4, 3, 2)
+    ]
+    assert all(line.count("x |") == 8 for line in lines[2:])
 
 
 def test_allocated_bytes_are_the_most_held_at_a_time() -> None:
