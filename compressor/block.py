@@ -220,6 +220,7 @@ def _for_each_group(
                 original.finish()
                 dematerialize(pair.original)
             use(group, *observed)
+            del observed  # before the next is made: two Hessians are not held at a time
         walk.finish()
         if original and not groups:
             original.finish()
