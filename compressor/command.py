@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import resource
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -21,6 +19,7 @@ from rich.progress import (
 from rich.table import Table
 
 from spallm_serve.compressor.estimate import estimate_run
+from spallm_serve.compressor.heap import peak_resident_bytes
 from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.publish import REPORT_FILE
 from spallm_serve.compressor.record import CompressionRecord, LayerRecord
@@ -151,15 +150,13 @@ def _print_summary(
     console: Console, record: CompressionRecord, target: Path, seconds: float
 ) -> None:
     worst = max(record.layers, key=lambda layer: layer.relative_error)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak_bytes = peak if sys.platform == "darwin" else peak * 1024
     size = sum(record.sizes.values())
     table = Table(show_header=False)
     table.add_row("bits per weight, tables counted", f"{record.bits_per_weight:.3f}")
     table.add_row("size", f"{size / _MIB:,.1f} MiB of {record.original_bytes / _MIB:,.1f} MiB")
     table.add_row("layers", f"{len(record.layers)}, {len(record.skipped)} left as they were")
     table.add_row("largest layer error", f"{worst.relative_error:.2e} ({worst.name})")
-    table.add_row("time, peak memory", f"{seconds:,.0f} s, {peak_bytes / _MIB:,.0f} MiB")
+    table.add_row("time, peak memory", f"{seconds:,.0f} s, {peak_resident_bytes() / _MIB:,.0f} MiB")
     table.add_row("base digest", record.base_digest[:16])
     console.print(table)
     console.print(f"model   {target}", soft_wrap=True)

@@ -1,9 +1,13 @@
-"""Freed memory back to the system, so that a run holds what it uses and no more."""
+"""Freed memory back to the system, so that a run holds what it uses; and what it had at most."""
 
 from __future__ import annotations
 
 import ctypes
+import re
+import resource
+import sys
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 # From malloc.h.
@@ -30,6 +34,21 @@ def return_freed_memory() -> None:
     library = _c_library()
     if library is not None:
         library.malloc_trim(0)
+
+
+def peak_resident_bytes() -> int:
+    """The most memory this process has had.
+
+    ``getrusage`` starts from what the parent had when it started the process, which may be more.
+    """
+    try:
+        status = Path("/proc/self/status").read_text()
+        if found := re.search(r"^VmHWM:\s+(\d+) kB$", status, re.MULTILINE):
+            return int(found[1]) * 1024
+    except OSError:
+        pass
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @cache
