@@ -135,7 +135,8 @@ def _peak_bytes(
     tokens = settings.samples * settings.seqlen
     activations = 2 * (tokens + min(tokens, DRIFT_TOKENS)) * hidden
     # The Hessian, its factor and the drift; gate, up and their product for a micro batch.
-    at_work = max(WORKING_BYTES, 3 * 4 * width * width) + 3 * 4 * micro_batch_tokens(width) * width
+    running = max(settings.seqlen, micro_batch_tokens(width))
+    at_work = max(WORKING_BYTES, 3 * 4 * width * width) + 3 * 4 * running * width
     peak = activations + max(embeddings, block + at_work)
     if settings.refine_steps:
         weights = sum(layer.weight_count for layer in plan.layers.values())

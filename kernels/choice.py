@@ -14,6 +14,7 @@ from spallm_serve.kernels.backend import Backend, Request
 from spallm_serve.kernels.cpu.backend import CpuBackend
 from spallm_serve.kernels.cpu.library import LEVELS
 from spallm_serve.kernels.gpu.backend import TritonBackend
+from spallm_serve.kernels.packing import check_planes
 from spallm_serve.kernels.reference_backend import ReferenceBackend
 
 FORCE_VARIABLE = "SPALLM_KERNEL"
@@ -81,6 +82,11 @@ def prepare_codes(
     Raises:
         ValueError: as :func:`explain`, or groups that do not divide the columns.
     """
+    check_planes(planes, columns)
+    if columns < 1:
+        raise ValueError(f"columns: expected at least 1, got {columns}")
+    if groups < 1 or columns % groups:
+        raise ValueError(f"groups: expected a divisor of {columns} columns, got {groups}")
     bits, rows, _ = planes.shape
     request = Request(planes.device.type, dtype, bits, rows, columns, groups)
     backend, explanation = _choose(request)

@@ -41,8 +41,9 @@ def lut_linear(
         ``[tokens, out]`` in the dtype of ``x``.
 
     Raises:
-        ValueError: an argument of the wrong dtype, shape, device or memory layout, or a slot
-            without tables; names it, what was expected and what came.
+        ValueError: an argument of the wrong dtype, shape, device or memory layout, or, on the CPU,
+            a slot without tables; names it, what was expected and what came. On a GPU such a
+            token's output is NaN: to raise, the device would have to be waited for.
     """
     if torch.compiler.is_compiling() or (
         torch.is_grad_enabled()

@@ -89,7 +89,8 @@ def table_gradient(
     index = codes.view(rows, groups, -1).long()
     dtables = torch.zeros(tables.shape, dtype=torch.float32, device=x.device)
     for slot, tokens in slot_runs(slots, x.shape[0]):
-        dweight = (dy[tokens].T @ x[tokens]).float().view(rows, groups, -1)
+        # In float32: a sum over tokens may be beyond float16's range.
+        dweight = (dy[tokens].T.float() @ x[tokens].float()).view(rows, groups, -1)
         dtables[slot] = dweight.new_zeros(rows, groups, entries).scatter_add_(2, index, dweight)
     return dtables
 

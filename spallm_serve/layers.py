@@ -12,7 +12,7 @@ from spallm_serve.kernels.reference import dequantize
 
 
 class _Sketched(nn.Module):
-    """Holds codes and tables; no dense weight is ever made."""
+    """Holds codes and tables; no dense weight is ever kept."""
 
     codes: Tensor
     tables: Tensor
@@ -81,13 +81,16 @@ class SketchedLinear(_Sketched):
         """``x [..., in] -> [..., out]`` in the dtype of x."""
         if self._prepared_for != x.dtype:
             self._restore_planes()
-            self.codes = self.prepared_codes(x.dtype)
+            # What inference mode makes could not take part in training later.
+            with torch.inference_mode(False):
+                self.codes = self.prepared_codes(x.dtype)
             self._prepared_for = x.dtype
         return self.multiply(x, self.codes, self.bias)
 
     def _restore_planes(self) -> None:
         if self._prepared_for is not None:
-            self.codes = backend_of(self.codes).planes(self.codes)
+            with torch.inference_mode(False):
+                self.codes = backend_of(self.codes).planes(self.codes)
             self._prepared_for = None
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -151,7 +154,8 @@ class SketchedEmbedding(_Sketched):
     def logits(self, x: Tensor, bias: Tensor | None) -> Tensor:
         """``x [..., embedding_dim] -> [..., num_embeddings]``, for a head tied to the embedding."""
         if self._prepared is None or self._prepared[0] != x.dtype:
-            self._prepared = x.dtype, self.prepared_codes(x.dtype)
+            with torch.inference_mode(False):
+                self._prepared = x.dtype, self.prepared_codes(x.dtype)
         return self.multiply(x, self._prepared[1], bias)
 
     def forward(self, ids: Tensor) -> Tensor:

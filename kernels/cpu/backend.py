@@ -95,6 +95,11 @@ class CpuBackend:
         Raises:
             ValueError: what was expected and what came.
         """
+        if codes.device.type != "cpu":
+            raise ValueError(
+                f"codes: are laid out for the CPU, got on {codes.device}; prepare_codes makes "
+                "those for a device from bit-planes that lie there"
+            )
         check_code_rows(codes, row_bytes(columns, groups, bits), columns, groups, bits)
         # What is in the rows is looked at by the kernels themselves: here it would take as long as
         # a small layer's product.
@@ -150,6 +155,8 @@ class CpuBackend:
         least, most = GRADIENT_TILE_WEIGHTS
         size = min(most, max(least, self.rows(codes) * columns // _GRADIENT_TILES))
         tiles = self._tile_rows(codes, columns, size)
+        if x.dtype == torch.float16:  # a sum over tokens may be beyond its range
+            dy, x = dy.float(), x.float()
         tile = x.new_empty(tiles[0].stop if tiles else 0, columns)
         for slot, tokens in slot_runs(slots, x.shape[0]):
             theirs, activations = dy[tokens], x[tokens]

@@ -27,13 +27,15 @@ class TritonBackend:
 
     def why_not(self, request: Request) -> str | None:
         """CUDA tensors of the usual types, on GPUs from Ampere on."""
-        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        interpreted = _is_interpreted()
         if request.device != ("cpu" if interpreted else "cuda"):
             return f"the tensors are on {request.device}"
         if request.dtype not in _DTYPES:
             return f"no kernel for {request.dtype}"
         if find_spec("triton") is None:
             return "triton is not installed"
+        if not interpreted and not torch.cuda.is_available():
+            return "torch sees no GPU"
         if not interpreted and torch.cuda.get_device_capability() < _LEAST_CAPABILITY:
             return "the GPU is older than Ampere"
         return None
@@ -60,6 +62,11 @@ class TritonBackend:
         Raises:
             ValueError: what was expected and what came.
         """
+        if not codes.is_cuda and not _is_interpreted():
+            raise ValueError(
+                f"codes: are laid out for a GPU, got on {codes.device}; prepare_codes makes those "
+                "for a device from bit-planes that lie there"
+            )
         check_code_rows(codes, row_words(columns, groups, bits), columns, groups, bits)
 
     def lut_linear(
@@ -93,6 +100,10 @@ class TritonBackend:
         from spallm_serve.kernels.gpu import launch
 
         return launch.table_gradient(_readable(dy), _readable(x), codes, tables, slots)
+
+
+def _is_interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
 
 
 def _readable(tensor: Tensor) -> Tensor:

@@ -184,7 +184,9 @@ def _run(
     """
 
     def launch(shape: _Shape) -> None:
-        program[grid](*arguments, **constants, **shape)
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device_of(arguments[0]):
+            program[grid](*arguments, **constants, **shape)
 
     choices = _CHOICES[kind]
     at = (kind, key, tuple(constants.values()))

@@ -368,3 +368,41 @@ def test_dispatch_without_gradients_skips_the_operator(monkeypatch: pytest.Monke
     codes = prepared(case)
     monkeypatch.setattr(dispatch.torch.ops.spallm, "lut_linear", never)
     lut_linear(case.x, codes, case.tables)
+
+
+def test_codes_for_the_cpu_are_refused_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    force(monkeypatch, f"cpu-{LEVELS[0]}")
+    case = make_case(4, n_slots=None)
+    codes = prepared(case)
+    with pytest.raises(ValueError, match="codes: are laid out for the CPU, got on meta"):
+        lut_linear(case.x.to("meta"), codes.to("meta"), case.tables.to("meta"))
+
+
+@pytest.mark.parametrize("groups", [-1, 0, 3])
+def test_groups_that_do_not_divide_are_refused(backend: str, groups: int) -> None:
+    case = make_case(4, width=64, groups=1)
+    with pytest.raises(ValueError, match="groups: expected a divisor of 64 columns"):
+        prepare_codes(case.planes, 64, groups)
+
+
+def test_no_columns_are_refused(backend: str) -> None:
+    with pytest.raises(ValueError, match="columns: expected at least 1"):
+        prepare_codes(torch.zeros(4, 16, 0, dtype=torch.uint8), 0, 1)
+
+
+def test_table_gradients_beyond_float16(backend: str) -> None:
+    case = make_case(2, rows=4, width=32, groups=1, tokens=512, n_slots=None, dtype=torch.float16)
+    x = torch.full_like(case.x, 20.0)
+    codes = prepare_codes(case.planes, 32, 1, torch.float16)
+    dy = torch.full((512, 4), 20.0, dtype=torch.float16)
+    found = torch.ops.spallm.table_gradient(dy, x, codes, case.tables, None)
+    counts = torch.nn.functional.one_hot(case.codes.long(), 4).sum(1).float()
+    torch.testing.assert_close(found[0, :, 0], counts * 512 * 400)
+
+
+def test_explains_why_cuda_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("it does here")
+    pytest.importorskip("triton")
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert explain("cuda").refused["triton"] == "torch sees no GPU"

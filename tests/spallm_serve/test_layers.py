@@ -160,3 +160,14 @@ def test_codes_are_held_once_and_saved_as_they_came() -> None:
     assert torch.equal(layer.state_dict()["codes"], sketched.planes)
     close(layer(x), dense(sketched).T)
     assert torch.equal(copy.deepcopy(layer).double().codes, sketched.planes)
+
+
+def test_a_layer_that_ran_in_inference_mode_can_be_trained() -> None:
+    layer = filled(SketchedLinear(COLUMNS, ROWS, 3, 2, bias=False), sketch())
+    x = torch.randn(4, COLUMNS)
+    with torch.inference_mode():
+        layer(x)
+    x.requires_grad_()
+    layer(x).sum().backward()
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.double(), dense(sketch()).sum(0).expand(4, -1))
