@@ -49,9 +49,13 @@ _CHOICES: dict[str, list[_Shape]] = {
 def multiply(
     x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, bias: Tensor | None
 ) -> Tensor:
-    """``[tokens, out]`` in the dtype of ``x``; arguments are checked."""
+    """``[tokens, out]`` in the dtype of ``x``; arguments are checked.
+
+    Raises:
+        ValueError: more tokens than 32-bit offsets reach.
+    """
     tokens = x.shape[0]
-    shape = _LayerShape(codes, tables, x.shape[1])
+    shape = _LayerShape(codes, tables, x.shape[0], x.shape[1])
     y = x.new_empty(tokens, shape.rows)
     if tokens == 0:
         return y
@@ -89,7 +93,7 @@ def input_gradient(
 ) -> Tensor:
     """``dy W``: ``[tokens, columns]`` in the dtype of ``dy``."""
     tokens = dy.shape[0]
-    shape = _LayerShape(codes, tables, columns)
+    shape = _LayerShape(codes, tables, tokens, columns)
     dx = dy.new_empty(tokens, columns)
     if tokens == 0:
         return dx
@@ -109,7 +113,7 @@ def table_gradient(
     dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
 ) -> Tensor:
     """float32 in the shape of ``tables``; tokens whose slot has no tables count nowhere."""
-    shape = _LayerShape(codes, tables, x.shape[1])
+    shape = _LayerShape(codes, tables, x.shape[0], x.shape[1])
     n_slots, tokens = tables.shape[0], x.shape[0]
     dtables = torch.empty(tables.shape, dtype=torch.float32, device=x.device)
     if slots is None:
@@ -137,8 +141,14 @@ def table_gradient(
 class _LayerShape:
     """The sizes that all programs take."""
 
-    def __init__(self, codes: Tensor, tables: Tensor, columns: int) -> None:
+    def __init__(self, codes: Tensor, tables: Tensor, tokens: int, columns: int) -> None:
         self.rows, self.groups, entries = tables.shape[1:]
+        if tokens * max(self.rows, columns) >= 1 << 31:
+            raise ValueError(
+                f"x: expected fewer than {(1 << 31) // max(self.rows, columns)} tokens for "
+                f"{self.rows} rows and {columns} columns (offsets are of 32 bits), got {tokens}; "
+                "multiply them in parts"
+            )
         self.bits = entries.bit_length() - 1
         self.units = units_of(columns, self.groups)
         self.sizes = (self.rows, columns, self.groups, self.units, codes.shape[1])

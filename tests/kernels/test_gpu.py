@@ -77,6 +77,17 @@ def test_tokens_without_tables_are_poisoned(tokens: int) -> None:
     assert bool(((y - wanted).abs() <= 1e-5 * size)[1:-1].all())
 
 
+def test_more_tokens_than_offsets_reach_are_refused() -> None:
+    from spallm_serve.kernels.gpu import launch
+
+    x = torch.empty(1, device="meta").expand(1 << 17, 1 << 14)
+    tables = torch.empty(1, 8, 1, 16, device="meta")
+    with pytest.raises(ValueError, match="expected fewer than 131072 tokens"):
+        launch.multiply(
+            x, torch.empty(9, 2048, dtype=torch.int32, device="meta"), tables, None, None
+        )
+
+
 def test_all_programs_compile_for_ampere_and_hopper_without_spilling() -> None:
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     ran = subprocess.run(
