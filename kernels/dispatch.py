@@ -45,10 +45,11 @@ def lut_linear(
             a slot without tables; names it, what was expected and what came. On a GPU such a
             token's output is NaN: to raise, the device would have to be waited for.
     """
-    if torch.compiler.is_compiling() or (
-        torch.is_grad_enabled()
-        and (x.requires_grad or tables.requires_grad or (bias is not None and bias.requires_grad))
-    ):
+    needs_gradient = torch.is_grad_enabled() and (
+        x.requires_grad or tables.requires_grad or (bias is not None and bias.requires_grad)
+    )
+    # A subclass, such as a fake tensor, has no memory of its own to read.
+    if torch.compiler.is_compiling() or needs_gradient or type(x) is not Tensor:
         y: Tensor = torch.ops.spallm.lut_linear(x, codes, tables, slots, bias)
         return y
     return _checked(x, codes, tables, slots, bias).lut_linear(x, codes, tables, slots, bias)

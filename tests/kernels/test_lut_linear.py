@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from spallm_serve.kernels import choice, dispatch, explain, lut_linear, prepare_codes
@@ -406,3 +407,12 @@ def test_explains_why_cuda_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> No
     pytest.importorskip("triton")
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert explain("cuda").refused["triton"] == "torch sees no GPU"
+
+
+def test_fake_tensors_meet_the_fake_operator() -> None:
+    case = make_case(4)
+    codes = prepared(case)
+    with FakeTensorMode() as mode:
+        x, fake_codes, tables = (mode.from_tensor(t) for t in (case.x, codes, case.tables))
+        y = lut_linear(x, fake_codes, tables)
+    assert y.shape == (len(case.x), case.tables.shape[1])
