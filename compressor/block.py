@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from spallm_serve.checkpoint import LayerFormat
-from spallm_serve.compressor.block_walk import BlockWalk
+from spallm_serve.compressor.block_walk import BlockWalk, WaitingRoom
 from spallm_serve.compressor.drift import DriftAccumulator
 from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.hessian import HessianAccumulator, settle_dead_columns
@@ -199,25 +199,21 @@ def _for_each_group(
     groups = pair.planned_groups(planned)
     stops = [group.names[0] for group in groups]
     width = max((pair.weight(stop).shape[1] for stop in stops), default=0)
-    waiting = max(0, WORKING_BYTES - _HESSIANS * 4 * width**2)
+    room = WaitingRoom(max(0, WORKING_BYTES - _HESSIANS * 4 * width**2))
 
-    def begin(block: nn.Module, inputs: BlockInputs, share: float) -> BlockWalk:
-        walk = BlockWalk(block, inputs, pair.index, stops, int(share * waiting))
-        return stack.enter_context(walk)
+    def begin(block: nn.Module, inputs: BlockInputs) -> BlockWalk:
+        return stack.enter_context(BlockWalk(block, inputs, pair.index, stops, room))
 
     with ExitStack() as stack:
         original = None
-        share = 1.0
         if pair.original is not None and pair.original_inputs is not None:
-            share = len(pair.inputs.hidden)
-            share /= share + len(pair.original_inputs.hidden)
-            original = begin(pair.original, pair.original_inputs, 1 - share)
-        walk = begin(pair.block, pair.inputs, share)
+            original = begin(pair.original, pair.original_inputs)
+        walk = begin(pair.block, pair.inputs)
         for group in groups:
-            observed = _observe(walk, original, group.names, pair, settings)
-            if original and pair.original and group is groups[-1]:
+            last = group is groups[-1]
+            observed = _observe(walk, original, group.names, last, pair, settings)
+            if pair.original and last:
                 # Now, so that its weights are gone while the last linears are compressed.
-                original.finish()
                 dematerialize(pair.original)
             use(group, *observed)
             del observed  # before the next is made: two Hessians are not held at a time
@@ -262,10 +258,14 @@ def _observe(
     walk: BlockWalk,
     original: BlockWalk | None,
     names: list[str],
+    last: bool,
     pair: BlockPair,
     settings: CompressSettings,
 ) -> tuple[Curvature, dict[str, Tensor]]:
-    """The curvature of the inputs that some linears share, and the weights to aim at."""
+    """The curvature of the inputs that some linears share, and the weights to aim at.
+
+    With the last linears' the original's passes come to their end.
+    """
     stored = {name: pair.weight(name) for name in names}
     stop = names[0]
     columns, device = stored[stop].shape[1], stored[stop].device
@@ -274,7 +274,7 @@ def _observe(
     currents = walk.inputs_at(stop)
     if original is not None:
         drift = DriftAccumulator(accumulator, columns, device)
-        _add_drift(drift, original.inputs_at(stop), currents)
+        _add_drift(drift, original.inputs_at(stop, to_the_end=last), currents)
         # Now, while the Hessian is that of the tokens the drift was seen on.
         targets = drift.corrected(stored, settings.damping)
         del drift

@@ -9,6 +9,7 @@ as fit into a given amount of memory; the rest do run anew, with the same result
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,6 +17,26 @@ from greenlet import getcurrent, greenlet
 from torch import Tensor, nn
 
 from spallm_serve.compressor.streaming import BlockInputs
+
+
+@dataclass
+class WaitingRoom:
+    """Memory for passes that wait, of one walk or of several.
+
+    Attributes:
+        capacity: bytes.
+        taken: bytes that are held now.
+    """
+
+    capacity: int
+    taken: int = 0
+
+    def admit(self, size: int) -> bool:
+        """Take ``size`` bytes, if they are left."""
+        if self.taken + size > self.capacity:
+            return False
+        self.taken += size
+        return True
 
 
 class BlockWalk:
@@ -29,7 +50,7 @@ class BlockWalk:
         inputs: what it reads; replaced by its outputs in :meth:`finish`.
         index: its position.
         stops: linears to stop in front of, in the order they run.
-        waiting_bytes: how much passes that wait may hold.
+        room: for passes that wait.
     """
 
     def __init__(
@@ -38,7 +59,7 @@ class BlockWalk:
         inputs: BlockInputs,
         index: int,
         stops: list[str],
-        waiting_bytes: int,
+        room: WaitingRoom,
     ) -> None:
         self._inputs = inputs
         self._main = getcurrent()
@@ -50,11 +71,12 @@ class BlockWalk:
             return inputs.run(block, index, batch)
 
         self._run = run
-        self._waiting_bytes = waiting_bytes
+        self._room = room
         self._shared = set(_storages([inputs.hidden, inputs.calls[index], *block.parameters()]))
-        # How many passes may wait at each stop, known once one has come there.
-        self._room: dict[str, int] = {}
-        self._waiting: dict[int, greenlet] = {}
+        # What a pass holds at each stop, known once one has come there; all are of one size.
+        self._held: dict[str, int] = {}
+        self._waiting: dict[int, tuple[greenlet, int]] = {}
+        self._ended: set[int] = set()
 
     def __enter__(self) -> BlockWalk:
         return self
@@ -62,19 +84,22 @@ class BlockWalk:
     def __exit__(self, *exception: object) -> None:
         for handle in self._handles:
             handle.remove()
-        for waiting in self._waiting.values():
-            waiting.throw()
+        for batch in list(self._waiting):
+            self._take_up(batch).throw()
 
-    def inputs_at(self, stop: str) -> Iterator[Tensor]:
+    def inputs_at(self, stop: str, *, to_the_end: bool = False) -> Iterator[Tensor]:
         """What the linear ``stop`` reads, micro batch by micro batch.
 
-        Each then waits there, if there is room.
+        Args:
+            stop: the linear.
+            to_the_end: this is the last stop, and no weight will change: each pass runs on and
+                leaves its output in the place of the input. Else it waits, if there is room.
         """
         for batch in range(len(self._inputs.hidden)):
             # No name holds on to a tensor that is as large as all that the linear reads.
-            yield self._run_to(stop, batch)
+            yield self._run_to(stop, batch, to_the_end)
 
-    def _run_to(self, stop: str, batch: int) -> Tensor:
+    def _run_to(self, stop: str, batch: int, to_the_end: bool) -> Tensor:
         current = self._take_up(batch)
         reached = None
         while reached != stop:
@@ -82,11 +107,14 @@ class BlockWalk:
             if current.dead:
                 raise RuntimeError(f"the block ran to its end without a stop at {stop}")
             reached, value = state
-        if stop not in self._room:
-            held = _held_bytes(current, self._shared)
-            self._room[stop] = self._waiting_bytes // max(held, 1)
-        if batch < self._room[stop]:
-            self._waiting[batch] = current
+        if to_the_end:
+            self._end(current, batch)
+            return value
+        if stop not in self._held:
+            self._held[stop] = _held_bytes(current, self._shared)
+        held = self._held[stop]
+        if self._room.admit(held):
+            self._waiting[batch] = current, held
         else:
             current.throw()
         return value
@@ -94,14 +122,22 @@ class BlockWalk:
     def finish(self) -> None:
         """Run all micro batches to the end of the block and replace its inputs by its outputs."""
         for batch in range(len(self._inputs.hidden)):
-            current = self._take_up(batch)
-            while not current.dead:
-                output = _resume(current, batch)
-            self._inputs.hidden[batch] = output
+            if batch not in self._ended:
+                self._end(self._take_up(batch), batch)
+
+    def _end(self, current: greenlet, batch: int) -> None:
+        while not current.dead:
+            output = _resume(current, batch)
+        self._inputs.hidden[batch] = output
+        self._ended.add(batch)
 
     def _take_up(self, batch: int) -> greenlet:
         """The pass of a micro batch where it waits, or a new one."""
-        return self._waiting.pop(batch, None) or greenlet(self._run, parent=self._main)
+        if batch not in self._waiting:
+            return greenlet(self._run, parent=self._main)
+        waiting, held = self._waiting.pop(batch)
+        self._room.taken -= held
+        return waiting
 
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:

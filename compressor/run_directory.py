@@ -25,7 +25,7 @@ from spallm_serve.errors import UserError
 
 UNFINISHED = ".unfinished"
 # Raised whenever the bytes that a run writes change for the same settings.
-ALGORITHM_VERSION = 4
+ALGORITHM_VERSION = 5
 
 
 class RunDirectory:

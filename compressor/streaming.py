@@ -19,7 +19,8 @@ from transformers import PreTrainedModel
 from spallm_serve.errors import UserError
 from spallm_serve.models import decoder_blocks, is_norm, linears
 
-MICRO_BATCH_TOKENS = 2048
+# Few: activations larger than 2 MiB would be mapped anew, page by page, for every operation.
+MICRO_BATCH_TOKENS = 512
 # An MLP holds four activations of its inner width at a time; of a wide model, fewer tokens run.
 _MICRO_BATCH_VALUES = 4 << 20
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import spallm_serve.compressor.streaming as streaming
-from spallm_serve.compressor.block_walk import BlockWalk, _held_bytes
+from spallm_serve.compressor.block_walk import BlockWalk, WaitingRoom, _held_bytes
 from spallm_serve.compressor.streaming import (
     BlockInputs,
     InputGroup,
@@ -185,7 +185,7 @@ def test_walk_stops_at_what_the_linears_read(name: str, waiting: int, tmp_path: 
     block = decoder_blocks(model)[1][0]
     wanted, output = reads(block, inputs, 0)
     stops = sorted(stops_of(name), key=list(wanted).index)
-    with BlockWalk(block, inputs, 0, stops, waiting) as walk:
+    with BlockWalk(block, inputs, 0, stops, WaitingRoom(waiting)) as walk:
         for stop in stops:
             assert torch.equal(torch.cat(list(walk.inputs_at(stop))), wanted[stop])
         walk.finish()
@@ -205,7 +205,7 @@ def test_weights_changed_at_a_stop_count_from_there_on(
     stops = sorted(stops_of(name), key=list(reads(block, inputs, 1)[0]).index)
     original, _ = reads(block, inputs, 1)
     start = BlockInputs(list(inputs.hidden), inputs.calls, inputs.returns_tuple)
-    with BlockWalk(block, inputs, 1, stops, waiting) as walk, torch.no_grad():
+    with BlockWalk(block, inputs, 1, stops, WaitingRoom(waiting)) as walk, torch.no_grad():
         for position, stop in enumerate(stops):
             wanted, _ = reads(changed, start, 1)
             assert torch.equal(torch.cat(list(walk.inputs_at(stop))), wanted[stop])
@@ -217,6 +217,42 @@ def test_weights_changed_at_a_stop_count_from_there_on(
     assert torch.equal(torch.cat(inputs.hidden), reads(changed, start, 1)[1])
 
 
+@waiting
+def test_a_last_stop_runs_each_pass_to_its_end(waiting: int, tmp_path: Path) -> None:
+    model, _, inputs = opened("llama", tmp_path)
+    block = decoder_blocks(model)[1][0]
+    wanted, output = reads(block, inputs, 0)
+    first, last = ATTENTION[0], "mlp.down_proj"
+    room = WaitingRoom(waiting)
+    with BlockWalk(block, inputs, 0, [first, last], room) as walk:
+        assert torch.equal(torch.cat(list(walk.inputs_at(first))), wanted[first])
+        given_there = list(walk.inputs_at(last, to_the_end=True))
+        assert room.taken == 0
+        # Their outputs are there already, and nothing is run a second time.
+        assert torch.equal(torch.cat(inputs.hidden), output)
+        walk.finish()
+    assert torch.equal(torch.cat(given_there), wanted[last])
+    assert torch.equal(torch.cat(inputs.hidden), output)
+
+
+def test_two_walks_share_the_room(tmp_path: Path) -> None:
+    """What waits is counted as it comes and goes, over both walks and all stops."""
+    model, _, inputs = opened("llama", tmp_path)
+    block = decoder_blocks(model)[1][0]
+    stops = sorted(stops_of("llama"), key=list(reads(block, inputs, 0)[0]).index)
+    other = BlockInputs(list(inputs.hidden), inputs.calls, inputs.returns_tuple)
+    room = WaitingRoom(100_000)
+    with (
+        BlockWalk(block, inputs, 0, stops, room) as walk,
+        BlockWalk(block, other, 0, stops, room) as beside,
+    ):
+        for stop in stops:
+            for _ in zip(walk.inputs_at(stop), beside.inputs_at(stop), strict=True):
+                held = [size for each in (walk, beside) for _, size in each._waiting.values()]
+                assert 0 < sum(held) == room.taken <= room.capacity
+    assert room.taken == 0
+
+
 @pytest.mark.parametrize("consumed", [1, 3])
 @pytest.mark.parametrize("error", [False, True])
 def test_leaving_a_walk_early(consumed: int, error: bool, tmp_path: Path) -> None:
@@ -225,7 +261,7 @@ def test_leaving_a_walk_early(consumed: int, error: bool, tmp_path: Path) -> Non
     _, output = reads(block, inputs, 0)
     held: list[weakref.ref[Tensor]] = []
     try:
-        with BlockWalk(block, inputs, 0, stops_of("llama"), 1 << 20) as walk:
+        with BlockWalk(block, inputs, 0, stops_of("llama"), WaitingRoom(1 << 20)) as walk:
             for _, given_there in zip(range(consumed), walk.inputs_at(ATTENTION[0]), strict=False):
                 held.append(weakref.ref(given_there))
             del given_there
@@ -243,7 +279,7 @@ def test_leaving_a_walk_early(consumed: int, error: bool, tmp_path: Path) -> Non
 def test_a_pass_does_not_go_back(tmp_path: Path) -> None:
     model, _, inputs = opened("llama", tmp_path)
     block = decoder_blocks(model)[1][0]
-    with BlockWalk(block, inputs, 0, stops_of("llama"), 1 << 20) as walk:
+    with BlockWalk(block, inputs, 0, stops_of("llama"), WaitingRoom(1 << 20)) as walk:
         list(walk.inputs_at("mlp.down_proj"))
         with pytest.raises(RuntimeError, match=ATTENTION[0].replace(".", r"\.")):
             list(walk.inputs_at(ATTENTION[0]))
