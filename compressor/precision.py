@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.shards import ShardReader
 
 
@@ -14,11 +15,4 @@ def compute_dtype(reader: ShardReader, device: torch.device) -> torch.dtype:
     Where the processor would only emulate it, float32 is faster. Hessians are float32 in any case.
     """
     stored_in_bfloat16 = reader.dominant_dtype() == "BF16"
-    return torch.bfloat16 if stored_in_bfloat16 and _is_native(device) else torch.float32
-
-
-def _is_native(device: torch.device) -> bool:
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return torch.bfloat16 if stored_in_bfloat16 and bfloat16_is_native(device) else torch.float32

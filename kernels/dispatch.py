@@ -48,8 +48,14 @@ def lut_linear(
     needs_gradient = torch.is_grad_enabled() and (
         x.requires_grad or tables.requires_grad or (bias is not None and bias.requires_grad)
     )
-    # A subclass, such as a fake tensor, has no memory of its own to read.
-    if torch.compiler.is_compiling() or needs_gradient or type(x) is not Tensor:
+    # A subclass, such as a fake tensor, has no memory of its own to read; a dispatch mode, such as
+    # a counter of operations, sees nothing but operators.
+    if (
+        torch.compiler.is_compiling()
+        or needs_gradient
+        or type(x) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+    ):
         y: Tensor = torch.ops.spallm.lut_linear(x, codes, tables, slots, bias)
         return y
     return _checked(x, codes, tables, slots, bias).lut_linear(x, codes, tables, slots, bias)
@@ -109,7 +115,9 @@ def _setup_context(
     ctx: Any, inputs: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None], output: Tensor
 ) -> None:
     x, codes, tables, slots, bias = inputs
-    ctx.save_for_backward(x, codes, tables, slots)
+    # Only the gradient of tables reads the activations: under a frozen base they can go.
+    ctx.save_for_backward(x if ctx.needs_input_grad[2] else None, codes, tables, slots)
+    ctx.columns = x.shape[1]
     ctx.bias_dtype = None if bias is None else bias.dtype
 
 
@@ -119,7 +127,7 @@ def _gradient(
     x, codes, tables, slots = ctx.saved_tensors
     wants_x, _, wants_tables, _, wants_bias = ctx.needs_input_grad
     operators = torch.ops.spallm
-    dx = operators.input_gradient(dy, codes, tables, slots, x.shape[1]) if wants_x else None
+    dx = operators.input_gradient(dy, codes, tables, slots, ctx.columns) if wants_x else None
     dtables = None
     if wants_tables:
         dtables = operators.table_gradient(dy, x, codes, tables, slots).to(tables.dtype)

@@ -31,10 +31,10 @@ class _Sketched(nn.Module):
         """The codes as the kernel for activations of a dtype reads them."""
         return prepare_codes(self.codes, self.columns, self.tables.shape[1], dtype)
 
-    def multiply(self, x: Tensor, codes: Tensor, bias: Tensor | None) -> Tensor:
+    def multiply(self, x: Tensor, codes: Tensor, tables: Tensor, bias: Tensor | None) -> Tensor:
         """``x [..., columns] -> [..., rows]`` in the dtype of x; codes are prepared ones."""
         flat = x.reshape(-1, self.columns).contiguous()
-        y = lut_linear(flat, codes, self.tables.unsqueeze(0), None, bias)
+        y = lut_linear(flat, codes, tables.unsqueeze(0), None, bias)
         return y.view(*x.shape[:-1], y.shape[-1])
 
     def _apply(self, fn, recurse=True):  # type: ignore[no-untyped-def]
@@ -79,13 +79,23 @@ class SketchedLinear(_Sketched):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., in] -> [..., out]`` in the dtype of x."""
+        return self.product(x, self.tables)
+
+    def product(self, x: Tensor, tables: Tensor) -> Tensor:
+        """What :meth:`forward` gives with other tables ``[out, groups, 2**bits]`` for the codes;
+        differentiable in them."""
         if self._prepared_for != x.dtype:
             self._restore_planes()
             # What inference mode makes could not take part in training later.
             with torch.inference_mode(False):
                 self.codes = self.prepared_codes(x.dtype)
             self._prepared_for = x.dtype
-        return self.multiply(x, self.codes, self.bias)
+        return self.multiply(x, self.codes, tables, self.bias)
+
+    def planes(self) -> Tensor:
+        """The codes as bit-planes, uint8 ``[bits, out, ceil(in / 8)]``, as they are on disk."""
+        self._restore_planes()
+        return self.codes
 
     def _restore_planes(self) -> None:
         if self._prepared_for is not None:
@@ -156,7 +166,7 @@ class SketchedEmbedding(_Sketched):
         if self._prepared is None or self._prepared[0] != x.dtype:
             with torch.inference_mode(False):
                 self._prepared = x.dtype, self.prepared_codes(x.dtype)
-        return self.multiply(x, self._prepared[1], bias)
+        return self.multiply(x, self._prepared[1], self.tables, bias)
 
     def forward(self, ids: Tensor) -> Tensor:
         """``ids [...] -> [..., embedding_dim]``."""
