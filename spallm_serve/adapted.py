@@ -1,0 +1,169 @@
+"""A model with an adapter in it, ready to run."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spallm_serve.adapter import (
+    LORA_A,
+    LORA_B,
+    ROWS,
+    Adapter,
+    LoraConfig,
+    LutConfig,
+    SmtConfig,
+    lora_modules,
+)
+from spallm_serve.checkpoint import TABLES
+from spallm_serve.errors import UserError
+from spallm_serve.identity import base_identity
+from spallm_serve.layers import SketchedLinear
+from spallm_serve.models import is_norm
+from spallm_serve.norms import in_float32
+from spallm_serve.trainer.smt.layers import is_linear, weight_shape
+from spallm_serve.trainer.smt.method import attach
+
+
+def apply_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
+    """Put an adapter into the model it was trained on; nothing of it is trainable afterwards.
+
+    Tables replace the base's and cost nothing; blocks and LoRAs are added in the forward pass.
+
+    Args:
+        model: the base, changed in place.
+        adapter: of any kind.
+
+    Raises:
+        UserError: made for another base, or it does not fit the model's layers. The model is then
+            as it was.
+    """
+    digest = base_identity(model)
+    if adapter.config.base_digest not in (None, digest):
+        raise UserError(
+            f"the adapter was made for the base {adapter.config.base_digest}, this one is "
+            f"{digest}; an adapter only fits what it was trained on"
+        )
+    if isinstance(adapter.config, SmtConfig):
+        attach(model, adapter)
+    elif isinstance(adapter.config, LutConfig):
+        _replace_tables(model, adapter)
+    else:
+        _add_lora(model, adapter, adapter.config)
+
+
+def _replace_tables(model: PreTrainedModel, adapter: Adapter) -> None:
+    tables = dict(_checked_tables(model, adapter))
+    norms = _checked_norms(model, adapter)
+    for name, values in tables.items():
+        layer = model.get_submodule(name)
+        assert isinstance(layer, SketchedLinear)
+        layer.tables = values.to(layer.tables)
+    for owner in {name.rpartition(".")[0] for name in norms}:
+        for leaf, parameter in in_float32(model.get_submodule(owner)).items():
+            parameter.requires_grad_(False)
+            if f"{owner}.{leaf}" in norms:
+                parameter.copy_(norms[f"{owner}.{leaf}"])
+
+
+def _checked_tables(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor]:
+    """Every changed layer's whole tables, by the layer's name."""
+    found: dict[str, Tensor] = {}
+    modules = dict(model.named_modules())
+    for name in adapter.modules(TABLES):
+        layer = modules.get(name)
+        if not isinstance(layer, SketchedLinear):
+            raise UserError(f"{name}{TABLES}: the base has no such compressed layer")
+        given, rows = adapter.tensors[name + TABLES], adapter.tensors.get(name + ROWS)
+        height, groups, entries = layer.tables.shape
+        expected = [height if rows is None else len(rows), groups, entries]
+        if list(given.shape) != expected or not given.is_floating_point():
+            raise UserError(f"{name}{TABLES}: expected {expected}, got {list(given.shape)}")
+        if rows is None:
+            found[name] = given
+            continue
+        check_rows(name, rows, height)
+        found[name] = layer.tables.index_copy(0, rows.long(), given.to(layer.tables))
+    return found
+
+
+def check_rows(name: str, rows: Tensor, height: int) -> None:
+    """Refuse row numbers that a layer does not have.
+
+    Raises:
+        UserError: not int32, not ascending, or out of range.
+    """
+    ascending = rows.dim() == 1 and bool((rows[1:] > rows[:-1]).all())
+    if not ascending or rows.is_floating_point() or not len(rows):
+        raise UserError(f"{name}{ROWS}: expected ascending row numbers, got {list(rows.shape)}")
+    if int(rows[0]) < 0 or int(rows[-1]) >= height:
+        raise UserError(f"{name}{ROWS}: expected 0 to {height - 1}, got {int(rows[-1])}")
+
+
+def _checked_norms(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor]:
+    """Every tensor that is neither tables nor rows: those of normalisations."""
+    norms = {
+        f"{name}.{leaf}": parameter
+        for name, module in model.named_modules()
+        if is_norm(module)
+        for leaf, parameter in module.named_parameters(recurse=False)
+    }
+    found: dict[str, Tensor] = {}
+    for name, tensor in adapter.tensors.items():
+        if name.endswith((TABLES, ROWS)):
+            continue
+        if name not in norms:
+            raise UserError(f"{name}: neither tables nor part of a normalisation of this base")
+        if tensor.shape != norms[name].shape:
+            raise UserError(f"{name}: expected {list(norms[name].shape)}, got {list(tensor.shape)}")
+        found[name] = tensor
+    orphans = set(adapter.modules(ROWS)) - set(adapter.modules(TABLES))
+    if orphans:
+        raise UserError(f"{min(orphans)}{ROWS}: there are no tables for these rows")
+    return found
+
+
+class LoraLinear(nn.Module):
+    """A linear layer and a low-rank product beside it: ``y = base(x) + scale B (A x)``.
+
+    Args:
+        base: the layer.
+        a, b: ``[r, in]`` and ``[out, r]``.
+        scale: of the product.
+    """
+
+    a: Tensor
+    b: Tensor
+
+    def __init__(self, base: nn.Module, a: Tensor, b: Tensor, scale: float) -> None:
+        super().__init__()
+        self.base, self.scale = base, scale
+        self.register_buffer("a", a.float())
+        self.register_buffer("b", b.float())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """``x [..., in] -> [..., out]`` in the dtype of x."""
+        added = (x @ self.a.to(x.dtype).T) @ self.b.to(x.dtype).T
+        y: Tensor = self.base(x) + self.scale * added
+        return y
+
+
+def _add_lora(model: PreTrainedModel, adapter: Adapter, config: LoraConfig) -> None:
+    modules = dict(model.named_modules())
+    layers: dict[str, LoraLinear] = {}
+    odd = [name for name in adapter.tensors if not name.endswith((LORA_A, LORA_B))]
+    if odd:
+        raise UserError(f"{odd[0]}: neither lora_A nor lora_B")
+    for name, (a, b) in lora_modules(adapter).items():
+        if name not in modules or not is_linear(modules[name]):
+            raise UserError(f"{name}: the base has no such linear layer")
+        shape = weight_shape(modules[name])
+        expected = [config.r, shape[1]], [shape[0], config.r]
+        if [list(a.shape), list(b.shape)] != list(expected):
+            raise UserError(
+                f"{name}: expected lora_A {expected[0]} and lora_B {expected[1]}, got "
+                f"{list(a.shape)} and {list(b.shape)}"
+            )
+        layers[name] = LoraLinear(modules[name], a, b, config.scale)
+    for name, layer in layers.items():
+        model.set_submodule(name, layer.to(model.device))

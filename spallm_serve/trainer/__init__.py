@@ -1,0 +1,1 @@
+"""Fine-tuning: the loop, and one folder for each method."""

@@ -1,0 +1,1 @@
+"""SpaLLM: the codes stay, the tables are trained."""

@@ -1,0 +1,1 @@
+"""SparseLoRA: LoRA whose base branch computes few channels for context tokens."""

@@ -1,0 +1,131 @@
+"""Floating point operations of a LoRA step and of a SparseLoRA step, by formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from spallm_serve.models import decoder_blocks, is_norm
+from spallm_serve.trainer.sparselora.plan import SparsityPlan
+from spallm_serve.trainer.sparselora.select import kept_count, kept_pairs
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Widths of a decoder block.
+
+    Attributes:
+        hidden: D, of the residual stream.
+        queries: Q, channels of q_proj and inputs of o_proj; D in most models.
+        values: KV, channels of k_proj and of v_proj.
+        inner: F, channels of the MLP.
+        dense_queries: whether q and k are dense in a sparse attention (those that normalise them).
+    """
+
+    hidden: int
+    queries: int
+    values: int
+    inner: int
+    dense_queries: bool = False
+
+
+def base_flops(shape: BlockShape, mlp: float = 0.0, attention: float = 0.0) -> float:
+    """Operations a token takes in the frozen linears of one block, forward and backward.
+
+    A multiplication by a frozen ``[out, in]`` matrix is ``2 out in`` forward and as much for the
+    gradient of its input, so a block takes ``2 [2 D (2 Q + 2 KV) + 6 D F]``, less the channels that
+    are left out.
+
+    Args:
+        shape: of the block.
+        mlp, attention: sparsity for this token.
+    """
+    hidden, values = shape.hidden, shape.values
+    value_share = kept_count(values, attention) / values
+    query_share = 1.0 if shape.dense_queries else 2 * kept_pairs(values, attention) / values
+    if not attention:
+        value_share = query_share = 1.0
+    mlp_share = kept_count(shape.inner, mlp) / shape.inner if mlp else 1.0
+    value_and_output = 2 * hidden * (values + shape.queries) * value_share
+    query_and_key = 2 * hidden * (shape.queries + values) * query_share
+    return 2 * (query_and_key + value_and_output + 6 * hidden * shape.inner * mlp_share)
+
+
+def lora_flops(parameters: int) -> int:
+    """Operations a token takes in LoRAs of so many parameters: forward, and backward to its input
+    and to the parameters."""
+    return 6 * parameters
+
+
+def predicted_share(
+    shape: BlockShape,
+    plan: SparsityPlan,
+    context_share: float,
+    start: float,
+    lora_per_token: float = 0.0,
+) -> float:
+    """Operations of a SparseLoRA run in its blocks as a share of the same run with LoRA.
+
+    Estimators (below 1 %), attention scores and the head are left out.
+
+    Args:
+        shape: of the blocks.
+        plan: how sparse each is.
+        context_share: c, the share of the tokens that is context.
+        start: the share of the steps that is dense.
+        lora_per_token: operations a token takes in the LoRAs of all blocks.
+    """
+    dense = len(plan.mlp) * base_flops(shape) + lora_per_token
+    context = lora_per_token + sum(
+        base_flops(shape, mlp, attention)
+        for mlp, attention in zip(plan.mlp, plan.self_attn, strict=True)
+    )
+    sparse = (1 - context_share) * dense + context_share * context
+    return start + (1 - start) * sparse / dense
+
+
+def block_shape(model: PreTrainedModel) -> BlockShape | None:
+    """The widths of a model's blocks; None where they are not built as SparseLoRA needs them."""
+    _, blocks = decoder_blocks(model)
+    block = blocks[0]
+    try:
+        query, value = (_widths(block, f"self_attn.{name}") for name in ("q_proj", "v_proj"))
+        gate = _widths(block, "mlp.gate_proj")
+    except AttributeError:
+        return None
+    norms = any(is_norm(module) for module in block.get_submodule("self_attn").children())
+    return BlockShape(query[0], query[1], value[1], gate[1], norms)
+
+
+def _widths(block: nn.Module, name: str) -> tuple[int, int]:
+    linear = block.get_submodule(name)
+    return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
+
+
+def _product(x: Any, codes: Any, tables: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(x[0] * x[1] * tables[1])
+
+
+def _input_gradient(dy: Any, codes: Any, tables: Any, slots: Any, columns: int, **_: Any) -> int:
+    return 2 * int(dy[0] * dy[1] * columns)
+
+
+def _table_gradient(dy: Any, x: Any, *_: Any, **__: Any) -> int:
+    return 2 * int(dy[0] * dy[1] * x[1])
+
+
+def spallm_flops() -> dict[Any, Callable[..., int]]:
+    """How many operations a sketch's products take, for ``FlopCounterMode(custom_mapping=...)``.
+
+    The operators are those that autograd sees; without a gradient to take the kernels run unseen.
+    """
+    return {
+        torch.ops.spallm.lut_linear: _product,
+        torch.ops.spallm.input_gradient: _input_gradient,
+        torch.ops.spallm.table_gradient: _table_gradient,
+    }

@@ -1,0 +1,120 @@
+"""SparseLoRA as a method of the training loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import ClassVar
+
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from spallm_serve.adapter import Adapter
+from spallm_serve.models import decoder_blocks
+from spallm_serve.trainer.method import Batch, Method, Savings, WarmUp
+from spallm_serve.trainer.sparselora.blocks import Site, find_sites
+from spallm_serve.trainer.sparselora.estimators import load_estimators
+from spallm_serve.trainer.sparselora.flops import block_shape
+from spallm_serve.trainer.sparselora.install import Installed
+from spallm_serve.trainer.sparselora.lora import LoraSet
+from spallm_serve.trainer.sparselora.plan import SparsityPlan, resolve_plan
+from spallm_serve.trainer.sparselora.savings import predict_savings
+from spallm_serve.trainer.sparselora.select import Factors
+from spallm_serve.trainer.sparselora.sensitivity import sensitivity_plan
+from spallm_serve.trainer.sparselora.settings import MLP_LINEARS, SparseLoraSettings
+from spallm_serve.trainer.sparselora.tokens import CurrentBatch, split_batch
+
+_SENSITIVITY_BATCHES = 2
+
+
+class SparseLora(Method):
+    """LoRA whose frozen base computes few channels for context tokens while it is trained.
+
+    What comes out is a plain LoRA. For outputs, in the first steps and in evaluation the base is
+    dense.
+
+    Args:
+        settings: what the user chose.
+        estimator_cache: a ``.safetensors`` file for estimators made here; None keeps none.
+        checkpoint_dir: of the base, which may bring estimators; None for none.
+    """
+
+    name: ClassVar[str] = "sparselora"
+
+    def __init__(
+        self,
+        settings: SparseLoraSettings,
+        estimator_cache: Path | None = None,
+        checkpoint_dir: Path | None = None,
+    ) -> None:
+        self._settings = settings
+        self._cache, self._checkpoint = estimator_cache, checkpoint_dir
+        self._current = CurrentBatch()
+        self.warm_up_batches = _SENSITIVITY_BATCHES if settings.sparsity == "auto" else 0
+
+    def select(self, model: PreTrainedModel, warm_up: WarmUp) -> dict[str, Tensor]:
+        """Measure how sparse each layer can be, if the settings say ``auto``.
+
+        Returns:
+            Then ``sparsity.mlp`` and ``sparsity.self_attn``, float64 ``[layers]``; else nothing.
+
+        Raises:
+            UserError: the model is not built as sparsity needs it.
+        """
+        if self._settings.sparsity != "auto":
+            return {}
+        with_mlp = not set(MLP_LINEARS) & set(self._settings.targets)
+        return sensitivity_plan(
+            model, self._factors, list(warm_up.batches), warm_up.loss, with_mlp
+        ).tensors()
+
+    def prepare(
+        self, model: PreTrainedModel, selection: dict[str, Tensor]
+    ) -> dict[str, nn.Parameter]:
+        """Put LoRA and sparse layers in (see :meth:`Method.prepare`).
+
+        Dense o_proj and down_proj of sparse layers get their weights laid out by columns.
+
+        Raises:
+            UserError: the model lacks a target or is not built as sparsity needs it, or the
+                settings name a layer it does not have.
+        """
+        _, blocks = decoder_blocks(model)
+        self._plan = (
+            SparsityPlan.from_tensors(selection)
+            if selection
+            else resolve_plan(self._settings, len(blocks))
+        )
+        self._shape = block_shape(model)
+        self._lora = LoraSet(model, self._settings)
+        sites = find_sites(model, self._plan)
+        exact = self._settings.context_attn_backward == "exact"
+        Installed(sites, self._factors(sites), self._current, exact)
+        self._device = model.device
+        return self._lora.parameters()
+
+    def on_batch(self, batch: Batch, share_done: float) -> None:
+        """Tell the sparse layers which tokens are context; none in the first steps."""
+        self._current.split = None
+        if share_done >= self._settings.start and not self._plan.is_dense:
+            here = {name: tensor.to(self._device) for name, tensor in batch.items()}
+            self._current.split = split_batch(here)
+
+    def adapter(self, base_digest: str | None, base_name: str) -> Adapter:
+        """A plain LoRA, float32, as PEFT would save it."""
+        return self._lora.adapter(base_digest, base_name)
+
+    def savings(self, context_share: float) -> Savings:
+        """What a run takes of LoRA's operations in the decoder blocks, by formula.
+
+        Args:
+            context_share: of the data's tokens, as :func:`tokens.context_share` counts them.
+        """
+        return predict_savings(
+            self._shape, self._plan, context_share, self._settings.start, self._lora.flops()
+        )
+
+    def _factors(self, sites: Sequence[Site]) -> dict[str, Factors]:
+        linears = {name: linear for site in sites for name, linear in site.estimated.items()}
+        rank = self._settings.estimator_rank
+        return load_estimators(linears, rank, self._checkpoint, self._cache)

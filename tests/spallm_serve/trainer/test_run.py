@@ -1,0 +1,96 @@
+"""Whole training runs on tiny models: what comes out, resuming, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from spallm_serve.adapted import apply_adapter
+from spallm_serve.adapter import adapter_digest, read_adapter
+from spallm_serve.batches import ExampleStream, collate
+from spallm_serve.models import load_model, load_tokenizer
+from spallm_serve.trainer.model import LossModel
+from spallm_serve.trainer.run import train
+from spallm_serve.trainer.settings import TrainSettings, parse_train_settings
+
+METHODS = ("lut", "smt", "sparselora")
+
+
+def settings(base: Path, rows: Path, method: str = "lut", **more: Any) -> TrainSettings:
+    small = {
+        "base": str(base), "data": str(rows), "method": method, "steps": 6, "batch_size": 2,
+        "accumulation": 2, "max_length": 48, "precision": "fp32", "save_every": 2,
+        "warm_up_steps": 1, "smt": {"block_size": 8, "blocks": 6, "warm_up_batches": 2},
+        "sparselora": {"rank": 4, "sparsity": {"layers.1.mlp": 0.5}},
+    }  # fmt: skip
+    return parse_train_settings(small | more)
+
+
+def quiet() -> Console:
+    return Console(quiet=True)
+
+
+def loss_of(base: Path, rows: Path, adapter: Path | None = None) -> float:
+    model = load_model(base)
+    if adapter is not None:
+        apply_adapter(model, read_adapter(adapter))
+    stream = ExampleStream(rows, load_tokenizer(base), 48)
+    with torch.no_grad():
+        return float(LossModel(model)(**collate(list(stream), 0))["loss"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("kind", ["dense", "sketched"])
+def test_training_lowers_the_loss_of_what_is_read_back(
+    method: str, kind: str, dense_base: Path, sketched_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    if (method, kind) == ("lut", "dense"):
+        pytest.skip("tables are only there to train on a compressed base")
+    base = dense_base if kind == "dense" else sketched_base
+    run = settings(base, rows, method, steps=20, learning_rate=3e-3)
+    train(run, tmp_path / "adapter", resume=True, console=quiet())
+    before, after = loss_of(base, rows), loss_of(base, rows, tmp_path / "adapter")
+    assert after < before - 0.05
+    assert sorted(path.name for path in (tmp_path / "adapter").iterdir()) == [
+        "adapter_config.json", "adapter_model.safetensors", "training.json",
+    ]  # fmt: skip
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    assert record["adapter_digest"] == adapter_digest(read_adapter(tmp_path / "adapter"))
+    assert len(record["losses"]) == 20
+
+
+class Killed(BaseException):
+    """In the place of a signal."""
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_stopped_run_goes_on_to_the_same_bytes(
+    method: str, sketched_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = settings(sketched_base, rows, method, epochs=1, steps=None)
+    train(run, tmp_path / "whole", resume=True, console=quiet())
+    forward = LossModel.forward
+    calls = 0
+
+    def failing(self: LossModel, **batch: Tensor) -> Any:
+        nonlocal calls
+        calls += 1
+        if calls == 15:
+            raise Killed
+        return forward(self, **batch)
+
+    monkeypatch.setattr(LossModel, "forward", failing)
+    with pytest.raises(Killed):
+        train(run, tmp_path / "stopped", resume=True, console=quiet())
+    monkeypatch.undo()
+    assert not (tmp_path / "stopped" / "adapter_config.json").exists()
+    train(run, tmp_path / "stopped", resume=True, console=quiet())
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        wanted = (tmp_path / "whole" / name).read_bytes()
+        assert (tmp_path / "stopped" / name).read_bytes() == wanted
