@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -20,13 +21,12 @@ from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.models import is_norm
-from spallm_serve.norms import in_float32
 from spallm_serve.trainer.smt.layers import is_linear, weight_shape
 from spallm_serve.trainer.smt.method import attach
 
 
 def apply_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
-    """Put an adapter into the model it was trained on; nothing of it is trainable afterwards.
+    """Put an adapter into the model it was trained on, for inference.
 
     Tables replace the base's and cost nothing; blocks and LoRAs are added in the forward pass.
 
@@ -59,11 +59,9 @@ def _replace_tables(model: PreTrainedModel, adapter: Adapter) -> None:
         layer = model.get_submodule(name)
         assert isinstance(layer, SketchedLinear)
         layer.tables = values.to(layer.tables)
-    for owner in {name.rpartition(".")[0] for name in norms}:
-        for leaf, parameter in in_float32(model.get_submodule(owner)).items():
-            parameter.requires_grad_(False)
-            if f"{owner}.{leaf}" in norms:
-                parameter.copy_(norms[f"{owner}.{leaf}"])
+    with torch.no_grad():
+        for name, values in norms.items():
+            model.get_parameter(name).copy_(values)
 
 
 def _checked_tables(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor]:

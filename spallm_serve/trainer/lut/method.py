@@ -12,11 +12,11 @@ from spallm_serve.checkpoint import TABLES
 from spallm_serve.errors import UserError
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.models import is_norm
-from spallm_serve.norms import in_float32
 from spallm_serve.trainer.frozen import inputs_that_take_gradients
 from spallm_serve.trainer.lut.layers import TunedLinear, TunedRows
 from spallm_serve.trainer.lut.select import row_scores, top_rows
 from spallm_serve.trainer.method import Method, WarmUp
+from spallm_serve.trainer.norms import in_float32
 
 
 class LutSettings(BaseModel):
@@ -87,7 +87,7 @@ class Lut(Method):
             model.set_submodule(name, self._tuned[name])
         trained = {name + TABLES: tuned.tables for name, tuned in self._tuned.items()}
         if self._settings.norms:
-            for name, module in model.named_modules():
+            for name, module in list(model.named_modules()):
                 if is_norm(module):
                     for leaf, parameter in in_float32(module).items():
                         self._norms[f"{name}.{leaf}"] = parameter
