@@ -38,12 +38,31 @@ def apply_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
         UserError: made for another base, or it does not fit the model's layers. The model is then
             as it was.
     """
-    digest = base_identity(model)
+    expect_base(adapter, base_identity(model))
+    insert_adapter(model, adapter)
+
+
+def expect_base(adapter: Adapter, digest: str) -> None:
+    """Refuse a base that the adapter was not made for; a LoRA need not name one.
+
+    Raises:
+        UserError: another base.
+    """
     if adapter.config.base_digest not in (None, digest):
         raise UserError(
             f"the adapter was made for the base {adapter.config.base_digest}, this one is "
             f"{digest}; an adapter only fits what it was trained on"
         )
+
+
+def insert_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
+    """:func:`apply_adapter` without asking which base the model is.
+
+    The model may be a skeleton without weights: so it is seen whether an adapter fits.
+
+    Raises:
+        UserError: it does not fit the model's layers. The model is then as it was.
+    """
     if isinstance(adapter.config, SmtConfig):
         attach(model, adapter)
     elif isinstance(adapter.config, LutConfig):
@@ -81,7 +100,8 @@ def _checked_tables(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tenso
             found[name] = given
             continue
         check_rows(name, rows, height)
-        found[name] = layer.tables.index_copy(0, rows.long(), given.to(layer.tables))
+        where = rows.to(layer.tables.device).long()
+        found[name] = layer.tables.index_copy(0, where, given.to(layer.tables))
     return found
 
 

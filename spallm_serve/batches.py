@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import random
 from collections.abc import Iterable, Iterator
 from itertools import chain, count
@@ -15,7 +14,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from spallm_serve.errors import UserError
-from spallm_serve.examples import IGNORED, Example, read_lines, read_list, stream_examples
+from spallm_serve.examples import IGNORED, Example, stream_examples
 
 # Tensor cores want lengths of whole multiples.
 _LENGTH_MULTIPLE = 8
@@ -209,30 +208,6 @@ def collate(items: list[Row], pad_token_id: int) -> dict[str, Tensor]:
 
 def _pad(rows: list[list[int]], length: int, value: int) -> Tensor:
     return torch.tensor([row + [value] * (length - len(row)) for row in rows])
-
-
-def count_examples(path: Path) -> int:
-    """How many examples a file of rows holds, without looking into them.
-
-    Args:
-        path: as for :func:`~spallm_serve.examples.stream_examples`, but no ``.txt``: how many
-            examples that gives depends on the tokenizer (see :func:`count_rows`).
-
-    Raises:
-        UserError: no such file, or an empty one.
-    """
-    if path.suffix == ".txt":
-        raise ValueError("a text has no rows to count")
-    rows = read_list(path)
-    return sum(1 for _ in read_lines(path)) if rows is None else len(rows)
-
-
-def count_rows(stream: ExampleStream) -> int:
-    """How many rows a pass over a stream gives, by making one; it is left as it was.
-
-    Packed rows of another epoch's order may be some more or less.
-    """
-    return sum(1 for _ in copy.copy(stream))
 
 
 @torch.no_grad()

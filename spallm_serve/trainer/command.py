@@ -10,7 +10,6 @@ import yaml
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel
 
-from spallm_serve.adapter import adapter_digest
 from spallm_serve.errors import UserError
 from spallm_serve.examples import stream_examples
 from spallm_serve.models import load_tokenizer, resolve_model, skeleton
@@ -87,10 +86,6 @@ def run_command(
     dense = _dense_skeleton(settings) if export_peft is not None else None
     console = Console(highlight=False)
     adapter = train(settings, output, resume=resume, console=console)
-    console.print(
-        f"[b]{output}[/b]: {adapter.nbytes / 1e6:.2f} MB, {adapter_digest(adapter)[:12]}",
-        soft_wrap=True,
-    )
     if export_peft is not None and dense is not None:
         export_supertuning(adapter, dense, export_peft)
         console.print(f"[b]{export_peft}[/b]: the same for stock PEFT", soft_wrap=True)

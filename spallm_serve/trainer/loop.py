@@ -81,7 +81,7 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         if not bool(torch.isfinite(loss)):
             kept = latest_checkpoint(Path(str(self.args.output_dir)))
             raise UserError(
-                f"the loss became {float(loss)} in step {self.state.global_step + 1} "
+                f"the loss became {float(loss.detach())} in step {self.state.global_step + 1} "
                 f"({_content(inputs)}); a lower --learning-rate may help. "
                 + (f"The last good state is kept: {kept}" if kept else "Nothing was saved yet")
             )

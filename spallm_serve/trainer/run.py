@@ -12,21 +12,26 @@ import torch
 from accelerate import PartialState
 from rich.console import Console
 from torch.utils.data import DataLoader
-from transformers import EarlyStoppingCallback, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import (
+    EarlyStoppingCallback,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    PrinterCallback,
+    set_seed,
+)
 
 from spallm_serve.adapter import TENSOR_FILE, Adapter, adapter_digest, write_adapter
 from spallm_serve.batches import (
     EndlessStream,
     ExampleStream,
     collate,
-    count_examples,
-    count_rows,
     supports_packing,
 )
 from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.models import load_model, load_tokenizer, resolve_model
 from spallm_serve.precision import bfloat16_is_native
+from spallm_serve.survey import DataSurvey, survey
 from spallm_serve.trainer.loop import MethodTrainer, latest_checkpoint, training_arguments
 from spallm_serve.trainer.lut.method import Lut
 from spallm_serve.trainer.method import Batch, Method, WarmUp
@@ -78,15 +83,21 @@ def train(settings: TrainSettings, output: Path, *, resume: bool, console: Conso
     set_seed(settings.seed)
     device = _device(settings)
     processes = PartialState(cpu=device.type == "cpu")
+    if not processes.is_main_process:
+        console = Console(quiet=True)
     base = open_base(settings, processes.device)
     stream, judged = _streams(settings, base.tokenizer)
-    steps = step_count(settings, stream, processes.num_processes)
+    found_data = survey(stream)
+    console.print(str(found_data))
+    if judged is not None:
+        console.print(f"to judge on: {survey(judged)}")
+    steps = step_count(settings, found_data.rows, processes.num_processes)
     found = fingerprint(settings, base.digest, _VERSION)
     with processes.main_process_first():
         main = processes.is_main_process
         run = TrainingDirectory(output, found, resume=resume, main=main)
     try:
-        return _train(settings, base, stream, judged, steps, run, output, console)
+        return _train(settings, base, stream, judged, found_data, steps, run, output, console)
     finally:
         run.close()
 
@@ -96,6 +107,7 @@ def _train(
     base: Base,
     stream: ExampleStream,
     judged: ExampleStream | None,
+    data: DataSurvey,
     steps: int,
     run: TrainingDirectory,
     output: Path,
@@ -111,15 +123,18 @@ def _train(
             lambda batch: loss_model(**batch)["loss"],
         )
         selection = method.select(base.model, warm_up)
-        run.save_selection(selection)
+        if selection:
+            run.save_selection(selection)
     trained = method.prepare(base.model, selection)
     if settings.checkpointing:
         # Not the reentrant form: it gives no gradients below inputs that need none.
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    if isinstance(method, SparseLora):
+        console.print(method.savings(data.context_share).why)
     count = sum(parameter.numel() for parameter in trained.values())
     console.print(
         f"training {count:,} parameters of {len(trained)} tensors for {steps:,} steps of "
-        f"{settings.batch_size * settings.accumulation} rows"
+        f"{settings.batch_size * settings.accumulation * PartialState().num_processes} rows"
     )
     trainer_of: list[MethodTrainer] = []
     bar = ProgressBar(console, lambda: trainer_of[0].tokens_seen)
@@ -135,6 +150,7 @@ def _train(
         callbacks,
     )
     trainer_of.append(trainer)
+    trainer.remove_callback(PrinterCallback)  # the bar shows the same
     checkpoint = latest_checkpoint(run.folder)
     try:
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -151,7 +167,7 @@ def _train(
                 adapter_bytes=(output / TENSOR_FILE).stat().st_size,
                 parameters=count,
                 steps=trainer.state.global_step,
-                examples_cut=stream.truncated,
+                examples_cut=data.truncated,
                 losses=bar.losses,
                 eval_losses=bar.eval_losses,
                 tokens_per_second=bar.tokens_per_second,
@@ -160,6 +176,10 @@ def _train(
             output,
         )
         run.remove()
+        console.print(
+            f"[b]{output}[/b]: {adapter.nbytes / 1e6:.2f} MB, {adapter_digest(adapter)[:12]}",
+            soft_wrap=True,
+        )
     return adapter
 
 
@@ -232,21 +252,16 @@ def _streams(
     )
 
 
-def step_count(settings: TrainSettings, stream: ExampleStream, processes: int) -> int:
+def step_count(settings: TrainSettings, rows: int, processes: int) -> int:
     """How many optimizer steps the settings ask for.
 
     Args:
         settings: of the run.
-        stream: rows to learn.
+        rows: in a pass over the data.
         processes: that share the rows of a step.
-
-    Raises:
-        UserError: the data cannot be read.
     """
     if settings.steps is not None:
         return settings.steps
-    counted = settings.packing or settings.data.suffix == ".txt"
-    rows = count_rows(stream) if counted else count_examples(settings.data)
     together = settings.batch_size * settings.accumulation * processes
     return math.ceil(settings.epochs * rows / together)
 

@@ -85,8 +85,15 @@ class TrainingDirectory:
         partial.replace(self.folder / _SELECTION_FILE)
 
     def close(self) -> None:
-        """Let other processes in."""
+        """Let other processes in; a run that came to nothing leaves nothing."""
+        if not self._main:
+            return
         self._lock.release()
+        kept = [self.folder / _SELECTION_FILE, *self.folder.glob("checkpoint-*")]
+        if self.folder.is_dir() and not any(path.exists() for path in kept):
+            shutil.rmtree(self.folder)
+            if not any(self._output.iterdir()):
+                self._output.rmdir()
 
     def remove(self) -> None:
         """The run is finished: nothing of it is needed any more."""

@@ -24,7 +24,7 @@ from spallm_serve.trainer.sparselora.sensitivity import sensitivity_plan
 from spallm_serve.trainer.sparselora.settings import MLP_LINEARS, SparseLoraSettings
 from spallm_serve.trainer.sparselora.tokens import CurrentBatch, split_batch
 
-_SENSITIVITY_BATCHES = 2
+_SENSITIVITY_BATCHES = 1
 
 
 class SparseLora(Method):
@@ -64,9 +64,8 @@ class SparseLora(Method):
         if self._settings.sparsity != "auto":
             return {}
         with_mlp = not set(MLP_LINEARS) & set(self._settings.targets)
-        return sensitivity_plan(
-            model, self._factors, list(warm_up.batches), warm_up.loss, with_mlp
-        ).tensors()
+        batches = list(warm_up.batches)
+        return sensitivity_plan(model, self._factors, batches, with_mlp).tensors()
 
     def prepare(
         self, model: PreTrainedModel, selection: dict[str, Tensor]

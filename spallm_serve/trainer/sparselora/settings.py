@@ -14,31 +14,38 @@ _Share = Annotated[float, Field(ge=0, lt=1)]
 
 
 class SparseLoraSettings(BaseModel):
-    """Settings of SparseLoRA.
-
-    Attributes:
-        rank, alpha, dropout: of the LoRA, as PEFT means them.
-        targets: last part of the names of the linears that get a LoRA. One on a sparse MLP's
-            linears is refused: the channels it adds to would not all be computed.
-        sparsity: share of the channels that context tokens do without. ``o1`` and ``o2`` are the
-            paper's presets, ``auto`` measures how much each layer bears, ``none`` is plain LoRA; or
-            a mapping such as ``{"layers.3.mlp": 0.97, "layers.3.self_attn": 0.2}``, in which what
-            is not named stays dense.
-        start: first share of the steps, in which all is dense (the paper's upper limit is 10 %).
-        context_attn_backward: ``exact``: gradients go through the sparse products of q, k, v and o;
-            ``stop``: for context tokens they only go through LoRA and the residual stream there, as
-            in the authors' code. Cheaper, but another gradient than that of the loss.
-        estimator_rank: of the factors that channels are chosen by; where a checkpoint brings its
-            own, those count.
-    """
+    """Settings of SparseLoRA."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
-    rank: int = Field(default=16, ge=1, le=4096)
-    alpha: float = Field(default=32.0, gt=0, allow_inf_nan=False)
-    dropout: float = Field(default=0.0, ge=0, lt=1)
-    targets: tuple[str, ...] = Field(default=ATTENTION_LINEARS, min_length=1)
-    sparsity: Literal["o1", "o2", "auto", "none"] | dict[_Site, _Share] = "o1"
-    start: float = Field(default=0.05, ge=0, le=0.1)
-    context_attn_backward: Literal["exact", "stop"] = "exact"
-    estimator_rank: int = Field(default=8, ge=1, le=1024)
+    rank: int = Field(default=16, ge=1, le=4096, description="of the LoRA")
+    alpha: float = Field(
+        default=32.0, gt=0, allow_inf_nan=False, description="the LoRA is scaled by alpha / rank"
+    )
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="in the LoRA")
+    targets: tuple[str, ...] = Field(
+        default=ATTENTION_LINEARS,
+        min_length=1,
+        description="last part of the names of the layers that get a LoRA; those of a sparse MLP "
+        "cannot, as the channels it adds to would not all be computed",
+    )
+    sparsity: Literal["o1", "o2", "auto", "none"] | dict[_Site, _Share] = Field(
+        default="o1",
+        description="share of the channels that context tokens do without. o1, o2: the paper's "
+        "presets; auto: as much as each layer bears, measured; none: plain LoRA; or a mapping such "
+        "as {layers.3.mlp: 0.97, layers.3.self_attn: 0.2}, what it does not name is dense",
+    )
+    start: float = Field(
+        default=0.05, ge=0, le=0.1, description="first share of the steps, in which all is dense"
+    )
+    context_attn_backward: Literal["exact", "stop"] = Field(
+        default="exact",
+        description="stop: context tokens pass gradients of q, k, v and o only through the LoRA, "
+        "as in the authors' code; cheaper, but not the loss's gradient",
+    )
+    estimator_rank: int = Field(
+        default=8,
+        ge=1,
+        le=1024,
+        description="of the factors that channels are chosen by, where the base brings none",
+    )

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -94,3 +97,30 @@ def test_a_stopped_run_goes_on_to_the_same_bytes(
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         wanted = (tmp_path / "whole" / name).read_bytes()
         assert (tmp_path / "stopped" / name).read_bytes() == wanted
+
+
+def command(base: Path, rows: Path, output: Path, *more: str) -> list[str]:
+    """``spallm-train`` with small settings, for a process of its own."""
+    return [
+        str(Path(sys.executable).with_name("spallm-train")), str(base), "--data", str(rows),
+        "-o", str(output), "--steps", "6", "--max-length", "48", "--set", "precision=fp32",
+        "--set", "warm_up_steps=1", "--set", "save_every=2", *more,
+    ]  # fmt: skip
+
+
+def test_two_processes_train_what_one_does(sketched_base: Path, rows: Path, tmp_path: Path) -> None:
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    for processes, batch_size in ((1, 2), (2, 1)):
+        own = command(
+            sketched_base, rows, tmp_path / str(processes), "--batch-size", str(batch_size),
+            "--accumulation", "2",
+        )  # fmt: skip
+        launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={processes}", "--standalone"]
+        subprocess.run([sys.executable, *launcher, *own], check=True, env=environment, timeout=300)
+    one, two = (read_adapter(tmp_path / name) for name in ("1", "2"))
+    assert one.tensors.keys() == two.tensors.keys()
+    before = load_model(sketched_base).state_dict()
+    for name, tensor in one.tensors.items():
+        # Steps of Adam's first moments are as long as the rate for the smallest gradients, too.
+        torch.testing.assert_close(two.tensors[name], tensor, rtol=2e-3, atol=1e-3)
+        assert float((tensor - before[name]).abs().mean()) > 1e-3
