@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json as json_module
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Optional
@@ -50,11 +50,18 @@ def quality(
     model: _Model = None,
     scratch: _Scratch = None,
     json: _Json = None,
+    go_on: Annotated[
+        bool, typer.Option("--go-on", help="Keep what the same command has measured so far.")
+    ] = False,
 ) -> None:
-    """Perplexity, KL and bits per weight of ours and of every peer, on one harness."""
+    """Perplexity, KL and bits per weight of ours and of every peer, on one harness.
+
+    All peers take hours on a small machine; a run that was stopped can go on.
+    """
     with _measuring(scratch) as folder:
         from spallm_serve.benchmarks import quality as bench
 
+        kept = _measured_before(json) if go_on else []
         variants = [_variant(text) for text in variant or ("bits=4", "bits=3", "bits=2")]
         records = bench.quality_records(
             _model_dir(model, folder),
@@ -65,8 +72,9 @@ def quality(
             folder,
             windows=windows,
             samples=samples,
+            skip=len(kept),
         )
-        _finish(records, json)
+        _finish(records, json, kept)
 
 
 @app.command()
@@ -212,14 +220,34 @@ def _model_dir(model: str | None, folder: Path) -> Path:
     return packaged_model(unpacked) if model is None else resolve_model(model, unpacked)
 
 
-def _finish(records: Iterator[Record] | list[Record], path: Path | None) -> BenchmarkResults:
-    """Take the records as they come; after each one the file holds all there are."""
+def _measured_before(path: Path | None) -> list[Record]:
+    """The records of an earlier run of this very command, in its order."""
+    from spallm_serve.benchmarks.records import BenchmarkResults, results
+
+    if path is None or not path.is_file():
+        return []
+    found = BenchmarkResults.model_validate_json(path.read_text())
+    if found.command != results([]).command:
+        raise UserError(f"{path}: was made by another command ({found.command})")
+    return found.records
+
+
+def _finish(
+    records: Iterator[Record] | list[Record], path: Path | None, kept: Sequence[Record] = ()
+) -> BenchmarkResults:
+    """Take the records as they come; after each one the file holds all there are.
+
+    Args:
+        records: new ones.
+        path: the file.
+        kept: those it held before.
+    """
     from rich.console import Console
 
     from spallm_serve.benchmarks.records import results, write_results
 
     console = Console()
-    taken = []
+    taken = [*kept]
     for record in records:
         taken.append(record)
         figures = record.model_dump(exclude_none=True, exclude={"bench", "better"})

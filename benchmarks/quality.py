@@ -54,6 +54,7 @@ def quality_records(
     *,
     windows: int,
     samples: int,
+    skip: int = 0,
 ) -> Iterator[Record]:
     """Measure our variants, then the peers' settings, as they come.
 
@@ -69,6 +70,7 @@ def quality_records(
         scratch: for models.
         windows: windows of ``text`` to judge on.
         samples: windows of ``calibration``.
+        skip: leave out so many, which were measured before.
     """
     console = Console(stderr=True)
     tokenizer = load_tokenizer(model_dir)
@@ -84,7 +86,7 @@ def quality_records(
         )
         return _record(name, setting, bits, seconds, found, tokens)
 
-    for number, variant in enumerate(variants):
+    for number, variant in list(enumerate(variants))[skip:]:
         settings = parse_settings(
             {"calibration": str(calibration), "samples": samples, "seqlen": SEQLEN} | variant
         )
@@ -96,7 +98,7 @@ def quality_records(
         setting = ", ".join(f"{key}={value}" for key, value in variant.items())
         yield judge("SpaLLM", setting, record.bits_per_weight, seconds, load_model(output))
         gc.collect()
-    for name, setting in peers:
+    for name, setting in peers[max(0, skip - len(variants)) :]:
         peer = importlib.import_module(f"spallm_serve.benchmarks.peers.{name}")
         result = peer.compress(model_dir, tokens, setting, scratch)
         yield judge(result.name, setting, result.bits_per_weight, result.seconds, result.model)

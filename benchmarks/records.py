@@ -67,7 +67,8 @@ class BenchmarkResults(BaseModel):
 def results(records: list[Record]) -> BenchmarkResults:
     """Records with the machine, versions and command line they were made with."""
     # Where files lie on the machine that measured is nobody else's concern; their names are.
-    options = [Path(part).name if part.startswith("/") else part for part in sys.argv[1:]]
+    given = [part for part in sys.argv[1:] if part != "--go-on"]
+    options = [Path(part).name if part.startswith("/") else part for part in given]
     command = " ".join([Path(sys.argv[0]).name, *options])
     return BenchmarkResults(
         machine=_machine(), versions=_versions(), command=command, records=records

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -149,3 +150,33 @@ def test_generation_benchmark_compares_each_variant_with_the_original(tmp_path: 
     assert all(
         r.ours and r.peer and r.ratio == pytest.approx(r.ours / r.peer, 0.1) for r in records
     )
+
+
+def test_a_stopped_quality_run_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the file holds is kept and skipped; another command's results are not touched."""
+    path = tmp_path / "found.json"
+    skipped = []
+
+    def measured(*args: object, skip: int, **kwargs: object) -> Iterator[Record]:
+        skipped.append(skip)
+        for number in range(skip, 3):
+            yield Record(bench="quality", case={"number": number}, metric="m", ours=number)
+            if number == 1 and skip == 0:
+                raise UserError("stopped")
+
+    monkeypatch.setattr("spallm_serve.benchmarks.quality.quality_records", measured)
+    monkeypatch.setattr("spallm_serve.benchmarks.cli._model_dir", lambda model, folder: folder)
+    command = ["quality", "--calibration", "c.txt", "--text", "t.txt", "--json", str(path)]
+
+    def run(*arguments: str) -> int:
+        monkeypatch.setattr(sys, "argv", ["spallm-bench", *arguments])
+        return CliRunner().invoke(app, list(arguments)).exit_code
+
+    assert run(*command, "--go-on") == 2
+    assert run(*command, "--go-on") == 0
+    assert skipped == [0, 2]
+    found = BenchmarkResults.model_validate_json(path.read_text())
+    assert [record.case["number"] for record in found.records] == [0, 1, 2]
+    assert "--go-on" not in found.command
+    assert run(*command, "--windows", "2", "--go-on") == 2
+    assert BenchmarkResults.model_validate_json(path.read_text()) == found
