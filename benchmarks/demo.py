@@ -1,4 +1,4 @@
-"""``make demo``: a real language model to 4, 3 and 2 bits, what it cost, and a chat with it."""
+"""``make demo``: a real language model to 4, 3 and 2 bits, what it cost, and two adapters on it."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
+from spallm_serve.benchmarks.demo_adapters import ask_all, train_adapters
 from spallm_serve.console import quiet_libraries
 
 _DEMO_FOLDER = Path("demo")
@@ -38,10 +38,11 @@ class _Scale:
     samples: int
     seqlen: int
     windows: int
+    steps: int
 
 
-_FULL = _Scale(_BITS, samples=8, seqlen=512, windows=12)
-_QUICK = _Scale((4,), samples=2, seqlen=64, windows=1)
+_FULL = _Scale(_BITS, samples=8, seqlen=512, windows=12, steps=60)
+_QUICK = _Scale((4,), samples=2, seqlen=64, windows=1, steps=2)
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,9 @@ class _Run:
 def main() -> None:
     """Run the demo; see ``--help``."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="4 bits only, on very little text")
+    parser.add_argument(
+        "--quick", action="store_true", help="4 bits only, on very little text, few steps"
+    )
     scale = _QUICK if parser.parse_args().quick else _FULL
     quiet_libraries()
 
@@ -79,7 +82,11 @@ def main() -> None:
     console.print(f"\n[b]{len(runs) + 2}[/b] measuring on text none of them has seen")
     console.print(_comparison(source, held_out, runs, scale))
     console.print(f"\n[b]{len(runs) + 3}[/b] asking the {scale.bits[0]}-bit model")
-    _chat(console, runs[scale.bits[0]].output)
+    base = runs[scale.bits[0]].output
+    _chat(console, base)
+    console.print(f"\n[b]{len(runs) + 4}[/b] training two tenants' tables on it")
+    adapters = train_adapters(base, _DEMO_FOLDER, scale.steps)
+    ask_all(console, base, adapters)
     console.print("\nreports, with the loss of every layer:")
     for run in runs.values():
         console.print(f"  {run.output / 'spallm_report.html'}", soft_wrap=True)
@@ -152,20 +159,13 @@ def _directory_bytes(directory: Path) -> int:
 
 
 def _chat(console: Console, model_dir: Path) -> None:
-    from transformers import pipeline
-
+    from spallm_serve.evaluation import answer
     from spallm_serve.models import load_model, load_tokenizer
 
-    assistant: Any = pipeline(  # type: ignore[call-overload]
-        "text-generation", model=load_model(model_dir), tokenizer=load_tokenizer(model_dir)
-    )
+    model, tokenizer = load_model(model_dir), load_tokenizer(model_dir)
     for question in _QUESTIONS:
-        chat = [{"role": "user", "content": question}]
-        (reply,) = assistant(
-            chat, max_new_tokens=_ANSWER_TOKENS, do_sample=False, return_full_text=False
-        )
         console.print(f"  [b]>[/b] {question}")
-        console.print(f"    {reply['generated_text'].strip()}", markup=False)
+        console.print(f"    {answer(model, tokenizer, question, _ANSWER_TOKENS)}", markup=False)
 
 
 if __name__ == "__main__":

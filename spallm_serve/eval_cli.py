@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
@@ -25,13 +25,15 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode="rich",
     no_args_is_help=True,
-    help="Judge a model, compressed or not: perplexity, divergence from the original, choices.",
+    help="Judge a model, compressed or not, with an adapter or without: perplexity, divergence "
+    "from the original, choices, answers.",
 )
 
 _Model = Annotated[str, typer.Argument(help="Model directory, .gguf file or hub id.")]
 _Text = Annotated[Path, typer.Option("--text", help="A .txt or .jsonl file.")]
 _Windows = Annotated[int, typer.Option(help="Windows of text at most.", min=1)]
 _Seqlen = Annotated[int, typer.Option(help="Tokens in a window.", min=2)]
+_Adapter = Annotated[Optional[Path], typer.Option(help="An adapter of this model.")]
 _Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
@@ -41,10 +43,11 @@ def ppl(
     text: _Text,
     windows: _Windows = 64,
     seqlen: _Seqlen = 512,
+    adapter: _Adapter = None,
     as_json: _Json = False,
 ) -> None:
     """Perplexity of MODEL on a text, with its standard error."""
-    with user_errors(), _opened(model) as (loaded, tokenizer):
+    with user_errors(), _opened(model, adapter) as (loaded, tokenizer):
         from spallm_serve.evaluation import perplexity
 
         ids = _windows(text, loaded, tokenizer, seqlen, windows)
@@ -97,10 +100,11 @@ def choice(
         Path, typer.Option("--data", help="LLM-Adapters JSON: instruction, answer; or JSONL.")
     ],
     limit: Annotated[int, typer.Option(help="Questions at most.", min=1)] = 1000,
+    adapter: _Adapter = None,
     as_json: _Json = False,
 ) -> None:
     """Accuracy on multiple-choice questions, by the likelihood of each option."""
-    with user_errors(), _opened(model) as (loaded, tokenizer):
+    with user_errors(), _opened(model, adapter) as (loaded, tokenizer):
         from spallm_serve.evaluation import accuracy
 
         questions = _read_questions(data)[:limit]
@@ -109,8 +113,24 @@ def choice(
         _show({"accuracy": found}, {"questions": len(questions)}, as_json)
 
 
+@app.command()
+def ask(
+    model: _Model,
+    question: Annotated[str, typer.Argument(help="What a user would write.")],
+    adapter: _Adapter = None,
+    tokens: Annotated[int, typer.Option(help="Tokens of the answer at most.", min=1)] = 128,
+) -> None:
+    """What MODEL answers to a question, greedily, through its chat template."""
+    with user_errors(), _opened(model, adapter) as (loaded, tokenizer):
+        from spallm_serve.evaluation import answer
+
+        typer.echo(answer(loaded, tokenizer, question, tokens))
+
+
 @contextmanager
-def _opened(model: str) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
+def _opened(
+    model: str, adapter: Path | None = None
+) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """A model in float32 with its tokenizer; a .gguf is unpacked to a folder that goes away."""
     import tempfile
 
@@ -122,7 +142,13 @@ def _opened(model: str) -> Iterator[tuple[PreTrainedModel, PreTrainedTokenizerBa
     torch.set_float32_matmul_precision("medium")
     with tempfile.TemporaryDirectory() as scratch:
         directory = resolve_model(model, Path(scratch) / "model")
-        yield load_model(directory), load_tokenizer(directory)
+        loaded = load_model(directory)
+        if adapter is not None:
+            from spallm_serve.adapted import apply_adapter
+            from spallm_serve.adapter import read_adapter
+
+            apply_adapter(loaded, read_adapter(adapter))
+        yield loaded, load_tokenizer(directory)
 
 
 def _windows(

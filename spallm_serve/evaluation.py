@@ -15,7 +15,7 @@ from itertools import chain
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,31 @@ def accuracy(
         if on_question is not None:
             on_question(number)
     return mean_estimate(torch.tensor(right))
+
+
+@torch.no_grad()
+def answer(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, question: str, tokens: int
+) -> str:
+    """A model's greedy answer.
+
+    Args:
+        model: a causal LM.
+        tokenizer: its own; with a chat template the question is a user's turn.
+        question: what is asked.
+        tokens: of the answer, at most.
+    """
+    prompt = question
+    if tokenizer.chat_template is not None:
+        prompt = str(
+            tokenizer.apply_chat_template(
+                [{"role": "user", "content": question}], tokenize=False, add_generation_prompt=True
+            )
+        )
+    given = tokenizer(prompt, add_special_tokens=False, return_tensors="pt").to(model.device)
+    written = model.generate(**given, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
+    start = given["input_ids"].shape[1]
+    return str(tokenizer.decode(written[0, start:], skip_special_tokens=True)).strip()
 
 
 def _answer_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
@@ -14,7 +14,7 @@ from spallm_serve.layers import SketchedLinear
 from spallm_serve.models import decoder_blocks, is_norm
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 from spallm_serve.trainer.sparselora.settings import ATTENTION_LINEARS, MLP_LINEARS
-from spallm_serve.trainer.sparselora.slices import is_sliceable
+from spallm_serve.trainer.sparselora.slices import is_sliceable, values_of
 
 _PROBE_TOKENS = 4
 _PROBE_ERROR = 0.02
@@ -63,12 +63,11 @@ def find_sites(model: PreTrainedModel, plan: SparsityPlan) -> list[Site]:
     """The sparse MLPs and attentions of a plan, in the order of the layers.
 
     Args:
-        model: with or without LoRA.
+        model: without LoRA.
         plan: for as many layers as the model has.
 
     Raises:
-        UserError: an MLP or attention that is to be sparse and is not built as this needs it, or
-            a LoRA on a linear of a sparse MLP.
+        UserError: an MLP or attention that is to be sparse and is not built as this needs it.
     """
     prefix, blocks = decoder_blocks(model)
     sites = []
@@ -81,9 +80,20 @@ def find_sites(model: PreTrainedModel, plan: SparsityPlan) -> list[Site]:
     return sites
 
 
-def base_of(module: nn.Module) -> nn.Module:
-    """A linear without the LoRA around it."""
-    return module.get_base_layer() if isinstance(module, LoraLayer) else module
+def check_targets(sites: Iterable[Site], targets: Collection[str]) -> None:
+    """Refuse a LoRA inside a sparse MLP.
+
+    Raises:
+        UserError: one of the targets is a linear of an MLP among the sites.
+    """
+    wanted = [name for name in MLP_LINEARS if name in targets]
+    sparse = [site.name for site in sites if site.kind == "mlp"]
+    if wanted and sparse:
+        raise UserError(
+            f"{sparse[0]}: a sparse MLP cannot have a LoRA on {', '.join(wanted)}: it would need "
+            "the channels that context tokens do without. Leave the MLP's linears out of the "
+            "targets, or make no MLP sparse (sparsity: none, or a mapping without mlp)"
+        )
 
 
 def _attention(block: nn.Module, name: str, sparsity: float) -> Site:
@@ -118,13 +128,6 @@ def _attention(block: nn.Module, name: str, sparsity: float) -> Site:
 def _mlp(block: nn.Module, name: str, sparsity: float) -> Site:
     linears = _linears(block, name, MLP_LINEARS)
     mlp = block.get_submodule("mlp")
-    for part in MLP_LINEARS:
-        if isinstance(getattr(mlp, part), LoraLayer):
-            raise UserError(
-                f"{name}.{part}: a sparse MLP cannot have a LoRA, which would need the channels "
-                f"that context tokens do without; leave {', '.join(MLP_LINEARS)} out of the "
-                "targets, or make no MLP sparse (sparsity: none, or a mapping without mlp)"
-            )
     if not callable(getattr(mlp, "act_fn", None)) or not _is_gated(mlp, linears):
         raise _unsupported(name, "down_proj(act_fn(gate_proj(x)) * up_proj(x))")
     return Site(block, name, sparsity, linears)
@@ -134,11 +137,11 @@ def _mlp(block: nn.Module, name: str, sparsity: float) -> Site:
 def _is_gated(mlp: nn.Module, linears: dict[str, nn.Linear | SketchedLinear]) -> bool:
     """Whether an MLP computes what its linears' names promise, tried on a few vectors."""
     gate, up, down = (linears[name] for name in MLP_LINEARS)
-    stored = gate.tables if isinstance(gate, SketchedLinear) else gate.weight
-    dtype = torch.float32 if isinstance(gate, SketchedLinear) else stored.dtype
+    values = values_of(gate)
+    dtype = torch.float32 if isinstance(gate, SketchedLinear) else values.dtype
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(_PROBE_TOKENS, gate.in_features, generator=generator)
-    x = x.to(stored.device, dtype)
+    x = x.to(values.device, dtype)
     wanted: Tensor = down(mlp.act_fn(gate(x)) * up(x))  # type: ignore[operator]
     found: Tensor = mlp(x)
     return found.shape == wanted.shape and bool(
@@ -153,14 +156,14 @@ def _linears(
     linears = {}
     for part in parts:
         linear = getattr(module, part, None)
-        if not isinstance(linear, nn.Module) or not is_sliceable(base := base_of(linear)):
+        if not is_sliceable(linear):
             raise _unsupported(name, f"linear layers {', '.join(parts)}")
-        linears[part] = base
+        linears[part] = linear
     return linears
 
 
 def _unsupported(name: str, needed: str) -> UserError:
     return UserError(
-        f"{name}: this architecture's cannot be sparse, which needs {needed}; choose "
+        f"{name}: cannot be sparse in this architecture: that takes {needed}. Choose "
         "sparsity: none (plain LoRA), or a mapping that leaves it out"
     )

@@ -16,7 +16,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.sketch import Sketch
 from spallm_serve.trainer.sparselora.select import Factors
-from spallm_serve.trainer.sparselora.slices import bit_planes
+from spallm_serve.trainer.sparselora.slices import bit_planes, values_of
 
 _A, _B = ".estimator_a", ".estimator_b"
 _OVERSAMPLING = 8
@@ -88,7 +88,7 @@ def load_estimators(
     if missing:
         found |= _cached(missing, rank, cache)
     return {
-        name: Factors(*(factor.to(_stored(linear).device) for factor in found[name]))
+        name: Factors(*(factor.to(values_of(linear).device) for factor in found[name]))
         for name, linear in linears.items()
     }
 
@@ -152,11 +152,7 @@ def _write(path: Path, factors: Mapping[str, Factors], made_from: dict[str, str]
 
 def _fingerprint(linear: nn.Linear | SketchedLinear, rank: int) -> str:
     """Rank, type, shape and the first stored numbers: enough to know a weight again."""
-    stored = _stored(linear)
+    stored = values_of(linear)
     digest = hashlib.sha256(f"rank {rank} {stored.dtype} {list(stored.shape)}\n".encode())
     digest.update(stored[0].cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return digest.hexdigest()
-
-
-def _stored(linear: nn.Linear | SketchedLinear) -> Tensor:
-    return (linear.tables if isinstance(linear, SketchedLinear) else linear.weight).detach()

@@ -25,8 +25,10 @@ from spallm_serve.layers import SketchedLinear
 from spallm_serve.models import decoder_blocks
 from spallm_serve.trainer.sparselora.flops import lora_flops
 from spallm_serve.trainer.sparselora.settings import SparseLoraSettings
+from spallm_serve.trainer.sparselora.slices import is_sliceable, values_of
 
 _NAME = "default"
+_Linear = nn.Linear | SketchedLinear
 
 
 class LoraSet:
@@ -87,16 +89,15 @@ class LoraSet:
         }
         return Adapter(config, tensors)
 
-    def _wrap(self, parent: nn.Module, child: str, linear: nn.Module) -> lora.Linear:
+    def _wrap(self, parent: nn.Module, child: str, linear: _Linear) -> lora.Linear:
         with warnings.catch_warnings():
             # It does not know sketched layers, but asks no more of them than their sizes.
             warnings.filterwarnings("ignore", "Unsupported layer type")
             layer = lora.Linear(
                 linear, _NAME, self._config, r=self._config.r, lora_alpha=self._config.lora_alpha
             )
-        device = next((tensor.device for tensor in linear.state_dict().values()), None)
         for part in (layer.lora_A, layer.lora_B):
-            part.to(device=device, dtype=torch.float32)
+            part.to(device=values_of(linear).device, dtype=torch.float32)
         layer.train(linear.training)
         setattr(parent, child, layer)
         return layer
@@ -104,13 +105,13 @@ class LoraSet:
 
 def _targets(
     model: PreTrainedModel, targets: tuple[str, ...]
-) -> list[tuple[str, nn.Module, str, nn.Module]]:
+) -> list[tuple[str, nn.Module, str, _Linear]]:
     """Name, parent, last name and module of each linear that gets a LoRA."""
     prefix, blocks = decoder_blocks(model)
     linears = {
         f"{prefix}.{name}": module
         for name, module in blocks.named_modules()
-        if isinstance(module, nn.Linear | SketchedLinear)
+        if is_sliceable(module)
     }
     last_names = {name.rpartition(".")[2] for name in linears}
     missing = [target for target in targets if target not in last_names]

@@ -12,10 +12,10 @@ from transformers import PreTrainedModel
 from spallm_serve.adapter import Adapter
 from spallm_serve.models import decoder_blocks
 from spallm_serve.trainer.method import Batch, Method, Savings, WarmUp
-from spallm_serve.trainer.sparselora.blocks import Site, find_sites
+from spallm_serve.trainer.sparselora.blocks import Site, check_targets, find_sites
 from spallm_serve.trainer.sparselora.estimators import load_estimators
 from spallm_serve.trainer.sparselora.flops import block_shape
-from spallm_serve.trainer.sparselora.install import Installed
+from spallm_serve.trainer.sparselora.install import install
 from spallm_serve.trainer.sparselora.lora import LoraSet
 from spallm_serve.trainer.sparselora.plan import SparsityPlan, resolve_plan
 from spallm_serve.trainer.sparselora.savings import predict_savings
@@ -85,10 +85,11 @@ class SparseLora(Method):
             else resolve_plan(self._settings, len(blocks))
         )
         self._shape = block_shape(model)
-        self._lora = LoraSet(model, self._settings)
         sites = find_sites(model, self._plan)
+        check_targets(sites, self._settings.targets)
+        self._lora = LoraSet(model, self._settings)
         exact = self._settings.context_attn_backward == "exact"
-        Installed(sites, self._factors(sites), self._current, exact)
+        install(sites, self._factors(sites), self._current, exact)
         self._device = model.device
         return self._lora.parameters()
 

@@ -8,6 +8,8 @@ from spallm_serve.trainer.sparselora.plan import SparsityPlan
 
 # Above this share of the operations, choosing and gathering channels eats what is saved.
 BREAK_EVEN = 0.95
+# On CPUs. Blocks that are narrower take as long for that as for their products.
+NARROWEST = 256
 
 
 def predict_savings(
@@ -32,6 +34,9 @@ def predict_savings(
     found = f"{share:.0%} of LoRA's operations in the decoder blocks"
     context = f"{context_share:.0%} of the tokens are context"
     sparse = f"{_count(plan.mlp)} MLPs and {_count(plan.self_attn)} attentions sparse"
+    if shape.hidden < NARROWEST:
+        reason = f"a width of {shape.hidden} is too small to gain time by leaving channels out"
+        return Savings(share, f"cannot pay, use plain LoRA: {found}, but {reason}")
     if share < BREAK_EVEN:
         return Savings(share, f"{found}: {context}, {sparse}")
     best = predicted_share(shape, plan, 1.0, start, lora_per_token)

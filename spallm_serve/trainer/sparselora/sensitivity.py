@@ -14,7 +14,7 @@ from spallm_serve.trainer.method import Batch
 from spallm_serve.trainer.sparselora.allocation import Choice, allocate
 from spallm_serve.trainer.sparselora.blocks import Site, find_sites
 from spallm_serve.trainer.sparselora.flops import BlockShape, base_flops, block_shape
-from spallm_serve.trainer.sparselora.install import Installed
+from spallm_serve.trainer.sparselora.install import install
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 from spallm_serve.trainer.sparselora.select import Factors
 from spallm_serve.trainer.sparselora.tokens import CurrentBatch, dense_tokens, split_batch
@@ -104,7 +104,7 @@ def measure_choices(
     for level in range(2):
         tried = [replace(site, sparsity=LEVELS[site.kind][level]) for site in sites]
         current = CurrentBatch()
-        installed = Installed(tried, factors, current)
+        installed = install(tried, factors, current)
         try:
             for site in tried:
                 # Only this one is sparse: the others take it for evaluation.
@@ -122,7 +122,7 @@ def measure_together(
 ) -> float:
     """The divergence of a model with all sites sparse (arguments: :func:`measure_choices`)."""
     current = CurrentBatch()
-    installed = Installed(sites, factors, current)
+    installed = install(sites, factors, current)
     try:
         for module in installed.modules.values():
             module.training = True
@@ -157,26 +157,38 @@ def sensitivity_plan(
     sites = find_sites(model, candidate_plan(layers, 0))
     sites = [site for site in sites if with_mlp or site.kind != "mlp"]
     shape = block_shape(model)
-    chosen = dict.fromkeys((site.name for site in sites), 0.0)
     if shape is None or not sites:
-        return _plan(chosen, layers)
+        return _plan({}, layers)
     modes = [(module, module.training) for module in model.modules()]
     model.eval()
-    factors = factors_of(sites)
-    reference = DenseReference(model, batches)
-    choices = measure_choices(sites, factors, shape, reference)
+    try:
+        factors = factors_of(sites)
+        reference = DenseReference(model, batches)
+        choices = measure_choices(sites, factors, shape, reference)
+        chosen = _within(limit, sites, choices, factors, reference)
+    finally:
+        for module, training in modes:
+            module.training = training
+    return _plan(chosen, layers)
+
+
+def _within(
+    limit: float,
+    sites: Sequence[Site],
+    choices: Mapping[str, Sequence[Choice]],
+    factors: Mapping[str, Factors],
+    reference: DenseReference,
+) -> dict[str, float]:
+    """Sparsities by site that together keep to the limit; none where no budget tried does."""
     budget = limit
     for _ in range(_TIGHTENINGS):
-        suggested = allocate(choices, budget)
-        tried = [replace(s, sparsity=suggested[s.name]) for s in sites if suggested[s.name]]
+        chosen = allocate(choices, budget)
+        tried = [replace(s, sparsity=chosen[s.name]) for s in sites if chosen[s.name]]
         divergence = measure_together(tried, factors, reference)
         if divergence <= limit:
-            chosen = suggested
-            break
+            return chosen
         budget *= min(0.8, limit / divergence)
-    for module, training in modes:
-        module.training = training
-    return _plan(chosen, layers)
+    return dict.fromkeys(choices, 0.0)
 
 
 def _saving(shape: BlockShape, site: Site) -> float:

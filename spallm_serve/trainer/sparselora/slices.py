@@ -59,6 +59,12 @@ def store_by_rows(linear: nn.Linear) -> None:
     linear.weight.data = linear.weight.data.contiguous()
 
 
+def values_of(linear: nn.Linear | SketchedLinear) -> Tensor:
+    """The floating point numbers a layer holds: a dense weight, or a sketch's tables."""
+    values = linear.tables if isinstance(linear, SketchedLinear) else linear.weight
+    return values.detach()
+
+
 def bit_planes(linear: SketchedLinear) -> Tensor:
     """The codes of a layer as uint8 bit-planes ``[bits, out, ceil(in / 8)]``."""
     planes: Tensor = linear.state_dict()["codes"]

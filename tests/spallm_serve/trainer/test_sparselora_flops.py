@@ -158,6 +158,13 @@ def test_savings_that_cannot_pay() -> None:
     assert "too little is sparse (0 of 32 MLPs and 1 of 32 attentions sparse)" in why
 
 
+def test_savings_of_narrow_blocks() -> None:
+    flops, why = savings(BlockShape(128, 128, 128, 344), "o2", 0.9)
+    assert flops < 0.95
+    assert why.startswith("cannot pay, use plain LoRA: ")
+    assert "a width of 128 is too small" in why
+
+
 def test_savings_of_nothing_sparse() -> None:
     assert savings(LLAMA2_7B, "none", 0.9) == (1.0, "no layer is sparse: this is plain LoRA")
 

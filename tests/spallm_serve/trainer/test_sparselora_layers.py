@@ -58,6 +58,13 @@ def check_against_oracle(
     return chosen
 
 
+def partner(model: torch.nn.Module, channel: int) -> int:
+    """The key channel that a query channel is multiplied by."""
+    attention = model.get_submodule("model.layers.1.self_attn")
+    head = attention.head_dim
+    return channel // head // attention.num_key_value_groups * head + channel % head
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_a_step_on_a_dense_base(name: str) -> None:
     model = tiny(name)
@@ -71,6 +78,14 @@ def test_a_step_on_a_dense_base(name: str) -> None:
     # Those that normalise queries and keys keep them dense.
     assert set(attention) >= {"v_proj"}
     assert ("q_proj" in attention) == (name not in ("qwen3", "gemma3"))
+    if "q_proj" in attention:
+        assert attention["q_proj"].tolist() == [
+            channel
+            for channel in range(
+                model.model.layers[1].self_attn.q_proj.base_layer.linear.out_features
+            )
+            if partner(model, channel) in attention["k_proj"].tolist()
+        ]
 
 
 @pytest.mark.parametrize("name", ["llama", "grouped", "qwen3"])
@@ -209,3 +224,30 @@ def test_the_layers_have_one_place_each() -> None:
     assert len(kept) == len(names)
     assert sum(isinstance(module, SparseMlp) for module in model.modules()) == 2
     assert sum(isinstance(module, SparseAttention) for module in model.modules()) == 2
+
+
+def test_columns_are_contiguous_in_the_only_copy_of_the_weight() -> None:
+    model = tiny("grouped")
+    down = model.get_submodule("model.layers.0.mlp.down_proj")
+    before = down.weight.clone()
+    parameter, size = down.weight, sum(p.nbytes for p in model.parameters())
+    prepared(model, targets=("q_proj",))
+    assert down.weight is parameter
+    assert torch.equal(down.weight, before)
+    assert down.weight.T.is_contiguous()
+    added = sum(p.nbytes for name, p in model.named_parameters() if "lora" in name)
+    assert sum(p.nbytes for p in model.parameters()) == size + added
+    assert all("factors" in name or "estimators" in name or "freq" in name
+               for name, _ in model.named_buffers())  # fmt: skip
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_sketch_holds_its_sliced_codes_twice(bits: int) -> None:
+    _, model = sketched(tiny("grouped"), bits, 1)
+    linear = model.get_submodule("model.layers.0.mlp.down_proj")
+    codes = linear.codes.nbytes
+    prepared(model, sparsity={"layers.0.mlp": 0.5})
+    mlp = model.get_submodule("model.layers.0.mlp")
+    planes = dict(mlp.named_buffers())["_down_columns.planes"]
+    assert planes.shape == (bits, linear.in_features, -(-linear.out_features // 8))
+    assert planes.nbytes <= codes * 1.1

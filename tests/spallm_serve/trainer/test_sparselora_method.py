@@ -191,7 +191,7 @@ def test_a_target_no_block_has() -> None:
 
 def test_lora_on_a_sparse_mlp() -> None:
     with pytest.raises(
-        UserError, match=r"layers\.0\.mlp\.up_proj: a sparse MLP cannot have a LoRA"
+        UserError, match=r"layers\.0\.mlp: a sparse MLP cannot have a LoRA on up_proj"
     ):
         prepared(tiny("grouped"), targets=("q_proj", "up_proj"))
     _, parameters = prepared(

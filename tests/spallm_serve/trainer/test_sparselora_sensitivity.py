@@ -16,7 +16,7 @@ from spallm_serve.trainer.sparselora.allocation import Choice, allocate
 from spallm_serve.trainer.sparselora.blocks import Site, find_sites
 from spallm_serve.trainer.sparselora.estimators import load_estimators
 from spallm_serve.trainer.sparselora.flops import base_flops, block_shape
-from spallm_serve.trainer.sparselora.install import Installed
+from spallm_serve.trainer.sparselora.install import install
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 from spallm_serve.trainer.sparselora.select import Factors
 from spallm_serve.trainer.sparselora.sensitivity import (
@@ -101,7 +101,7 @@ def divergence(model: PreTrainedModel, plans: dict[str, tuple[float, ...]]) -> f
     """By definition, from the probabilities of a dense and of a sparse model."""
     twin, current = copy.deepcopy(model), CurrentBatch()
     _, factors = parts(model)
-    Installed(find_sites(twin, SparsityPlan(**plans)), factors, current)
+    install(find_sites(twin, SparsityPlan(**plans)), factors, current)
     total, count = 0.0, 0
     for batch in batches():
         current.split = split_batch(batch)

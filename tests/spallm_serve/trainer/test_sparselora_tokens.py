@@ -87,6 +87,14 @@ def test_first_tokens_of_packed_sequences_are_looked_at() -> None:
     assert {0, 333} <= set(split.scored.tolist())
 
 
+def test_padding_is_not_looked_at_in_rows_with_positions_either() -> None:
+    batch = padded("__...o", "....oo")
+    batch["position_ids"] = torch.tensor([[0, 0, 0, 1, 2, 3], [0, 1, 0, 1, 2, 3]])
+    split = split_batch(batch)
+    assert split is not None
+    assert split.scored.tolist() == [2, 3, 6, 7, 8]
+
+
 def test_no_context_is_no_split() -> None:
     assert split_batch(padded("oo", "oo")) is None
     # The token before an output predicts it; what is left is padding, which no channels suit.
