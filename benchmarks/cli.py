@@ -78,6 +78,41 @@ def quality(
 
 
 @app.command()
+def tuning(
+    data: Annotated[Path, typer.Option(help="Text to learn, e.g. valid.txt.")],
+    text: Annotated[Path, typer.Option(help="Text to judge on, e.g. test.txt.")],
+    run: Annotated[
+        list[str],
+        typer.Option(help="METHOD/BASE or METHOD/BASE/SETTINGS, e.g. lut/bits=2, lora/dense."),
+    ],
+    steps: Annotated[int, typer.Option(help="Optimizer steps of each.")] = 120,
+    shared: Annotated[
+        str, typer.Option("--settings", help="Of the trainer, for all runs.")
+    ] = "max_length=256,batch_size=4,accumulation=1",
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 64,
+    model: _Model = None,
+    scratch: _Scratch = None,
+    json: _Json = None,
+) -> None:
+    """Perplexity before and after fine-tuning, for methods, bases and their controls."""
+    with _measuring(scratch) as folder:
+        from spallm_serve.benchmarks.tuning import parse_run, tuning_records
+
+        runs = [parse_run(each, _variant) for each in run]
+        records = tuning_records(
+            _model_dir(model, folder),
+            data,
+            text,
+            runs,
+            folder,
+            steps=steps,
+            shared=_variant(shared),
+            windows=windows,
+        )
+        _finish(records, json)
+
+
+@app.command()
 def lloyd(json: _Json = None) -> None:
     """Seconds for the tables of a 4096 x 4096 matrix on one core."""
     with _measuring(None):

@@ -23,10 +23,10 @@ from spallm_serve.compressor.sketching import (
     sketch_rows,
 )
 from spallm_serve.compressor.streaming import BlockInputs, InputGroup, group_by_input
-from spallm_serve.compressor.svd import svd_estimator
 from spallm_serve.kernels.packing import SUPPORTED_BITS
 from spallm_serve.models import dematerialize, weight_of
 from spallm_serve.sketch import Sketch
+from spallm_serve.svd import svd_estimator
 
 # The drift between the two models' inputs is smooth: so many tokens of the original are enough.
 DRIFT_TOKENS = 16384

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from spallm_serve.checkpoint import CODES, TABLES, sketch_tensors
+from spallm_serve.checkpoint import CODES, ESTIMATOR_A, ESTIMATOR_B, TABLES, sketch_tensors
 from spallm_serve.compressor.allocation import allocate_bits
 from spallm_serve.compressor.block import (
     DRIFT_TOKENS,
@@ -34,8 +34,6 @@ from spallm_serve.compressor.precision import compute_dtype
 from spallm_serve.compressor.publish import (
     BLOCK_FILE,
     EMBEDDINGS_FILE,
-    ESTIMATOR_A,
-    ESTIMATOR_B,
     FinishedRun,
     finished_record,
     publish,

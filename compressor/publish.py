@@ -14,6 +14,8 @@ from transformers import PreTrainedModel
 
 from spallm_serve.checkpoint import (
     CODES,
+    ESTIMATOR_A,
+    ESTIMATOR_B,
     ESTIMATOR_FILE,
     TABLES,
     LayerFormat,
@@ -32,7 +34,6 @@ from spallm_serve.sketch import base_digest
 BLOCK_FILE = "block-{:05d}"
 EMBEDDINGS_FILE = "embeddings"
 REFINED_FILE = "refined"
-ESTIMATOR_A, ESTIMATOR_B = ".estimator_a", ".estimator_b"
 RECORD_FILE = "spallm_report.json"
 REPORT_FILE = "spallm_report.html"
 

@@ -19,9 +19,8 @@ from spallm_serve.adapter import (
 from spallm_serve.checkpoint import TABLES
 from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
-from spallm_serve.layers import SketchedLinear
+from spallm_serve.layers import SketchedLinear, is_linear, weight_shape
 from spallm_serve.models import is_norm
-from spallm_serve.trainer.smt.layers import is_linear, weight_shape
 from spallm_serve.trainer.smt.method import attach
 
 

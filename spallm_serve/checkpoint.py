@@ -18,6 +18,7 @@ from spallm_serve.sketch import Sketch, base_digest
 FORMAT_VERSION = 1
 QUANT_METHOD: Literal["spallm"] = "spallm"
 ESTIMATOR_FILE = "estimators.safetensors"
+ESTIMATOR_A, ESTIMATOR_B = ".estimator_a", ".estimator_b"
 CODES, TABLES = ".codes", ".tables"
 # One shard is the most that saving holds in memory.
 SHARD_BYTES = 192 << 20

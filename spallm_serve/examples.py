@@ -1,35 +1,23 @@
 """Training examples from a file: token ids, and which of them the model learns to write.
 
-A row is an object in one of these formats, found by its fields (a null counts as absent):
-
-- ``messages``: turns of ``role`` and ``content``
-- ``conversations``: turns of ``from`` and ``value``
-- ``prompt`` and ``completion``: two strings, or two lists of messages
-- ``instruction``, ``output`` and maybe ``input``; ``question`` and ``answer``
-- ``text``
-
 Chats, and the pairs of strings where the model has a chat template, are written by that template.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, BinaryIO
 
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from spallm_serve.errors import UserError
 from spallm_serve.models import first_line
+from spallm_serve.rows import Chat, Plain, RowError, open_file, read_row, stream_rows
 
 IGNORED = -100
-MAX_LINE_BYTES = 16 * 2**20
-MAX_LIST_BYTES = 256 * 2**20
 _BLOCK_CHARACTERS = 2**20
 
 
@@ -46,10 +34,6 @@ class Example:
     input_ids: tuple[int, ...]
     labels: tuple[int, ...]
     truncated: int = 0
-
-
-class _RowError(Exception):
-    """Why a row is no example; who knows its place in the file makes a UserError of it."""
 
 
 def stream_examples(
@@ -82,206 +66,33 @@ def stream_examples(
     if path.suffix == ".txt":
         yield from _stream_chunks(path, tokenizer, max_length)
         return
-    for where, row in _stream_rows(path):
+    for where, row in stream_rows(path):
         try:
             ids, labels = _encode_row(row, tokenizer)
             if strict and len(ids) > max_length:
-                raise _RowError(f"{len(ids)} tokens, over the limit of {max_length}")
+                raise RowError(f"{len(ids)} tokens, over the limit of {max_length}")
             example = _fit(ids, labels, max_length, tokenizer.bos_token_id)
-        except _RowError as error:
+        except RowError as error:
             raise UserError(f"{where}: {error}") from error
         yield example
 
 
-def read_lines(path: Path) -> Iterator[tuple[str, bytes]]:
-    """The lines of a file that are not empty, each with its place ``path:line``.
-
-    Raises:
-        UserError: no such file, not a line in it, or a line beyond :data:`MAX_LINE_BYTES`.
-    """
-    empty = True
-    with _open(path) as file:
-        number = 0
-        while line := file.readline(MAX_LINE_BYTES + 1):
-            number += 1
-            if len(line) > MAX_LINE_BYTES:
-                raise UserError(f"{path}:{number}: longer than {MAX_LINE_BYTES // 2**20} MiB")
-            if line.strip():
-                empty = False
-                yield f"{path}:{number}", line
-    if empty:
-        raise UserError(f"{path}: is empty")
-
-
-def read_list(path: Path) -> list[Any] | None:
-    """The list of rows that a ``.json`` file is; None if it is rows of JSONL.
-
-    Raises:
-        UserError: no such file, not JSON, an empty list, or beyond :data:`MAX_LIST_BYTES`.
-    """
-    if path.suffix != ".json":
-        return None
-    with _open(path) as file:
-        start = file.read(4096)
-        if not start.removeprefix(b"\xef\xbb\xbf").lstrip().startswith(b"["):
-            return None
-        content = start + file.read(MAX_LIST_BYTES)
-    if len(content) > MAX_LIST_BYTES:
-        raise UserError(
-            f"{path}: one list of more than {MAX_LIST_BYTES // 2**20} MiB, which would be read "
-            "whole; write it as .jsonl, one row a line"
-        )
-    rows = _parse(content, str(path))
-    if not rows:
-        raise UserError(f"{path}: is empty")
-    return list(rows)
-
-
-@contextmanager
-def _open(path: Path) -> Iterator[BinaryIO]:
-    try:
-        with path.open("rb") as file:
-            yield file
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error})") from error
-
-
-def _stream_rows(path: Path) -> Iterator[tuple[str, object]]:
-    rows = read_list(path)
-    if rows is None:
-        for where, line in read_lines(path):
-            yield where, _parse(line, where)
-    else:
-        for number, row in enumerate(rows, start=1):
-            yield f"{path}: row {number}", row
-
-
-def _parse(content: bytes, where: str) -> Any:
-    try:
-        return json.loads(content.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise UserError(f"{where}: not UTF-8 ({error})") from error
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error})") from error
-    except RecursionError as error:
-        raise UserError(f"{where}: nested too deeply") from error
-
-
-@dataclass(frozen=True)
-class _Chat:
-    """Messages for the chat template; the assistant's after the first ``given`` are outputs."""
-
-    messages: list[dict[str, str]]
-    given: int = 0
-
-
-@dataclass(frozen=True)
-class _Plain:
-    """A text without template, of which the end is output."""
-
-    context: str
-    output: str
-
-
-_ROLES = {
-    "system": "system", "user": "user", "human": "user", "assistant": "assistant",
-    "gpt": "assistant",
-}  # fmt: skip
-
-
-def _read_row(row: object, templated: bool) -> _Chat | _Plain:
-    if not isinstance(row, dict):
-        raise _RowError("not an object")
-    match {field: value for field, value in row.items() if value is not None}:
-        case {"messages": turns}:
-            return _Chat(_messages(turns, "messages"))
-        case {"conversations": turns}:
-            return _Chat(_messages(turns, "conversations", "from", "value"))
-        case {"prompt": list(prompt), "completion": list(completion)}:
-            given = _messages(prompt, "prompt")
-            return _Chat(given + _messages(completion, "completion"), len(given))
-        case {"prompt": prompt, "completion": completion}:
-            request, output = _text(prompt, "prompt"), _output(completion, "completion")
-            return _exchange(request, output) if templated else _Plain(request, output)
-        case {"instruction": instruction, "output": answer, **rest}:
-            request, output = _text(instruction, "instruction"), _output(answer, "output")
-            extra = _text(rest.get("input", ""), "input")
-            if templated:
-                return _exchange(f"{request}\n\n{extra}" if extra else request, output)
-            extra = f"### Input:\n{extra}\n\n" if extra else ""
-            return _Plain(f"### Instruction:\n{request}\n\n{extra}### Response:\n", output)
-        case {"question": question, "answer": answer}:
-            request, output = _text(question, "question"), _output(answer, "answer")
-            if templated:
-                return _exchange(request, output)
-            return _Plain(f"Question:\n{request}\n\nAnswer:\n", output)
-        case {"text": text}:
-            return _Plain("", _output(text, "text"))
-    raise _RowError(
-        'none of the known formats, whose fields are "messages"; "conversations"; "prompt" and '
-        '"completion"; "instruction", "output" (and "input"); "question" and "answer"; or "text"'
-    )
-
-
-def _exchange(request: str, output: str) -> _Chat:
-    turns = (("user", request), ("assistant", output))
-    return _Chat([{"role": role, "content": content} for role, content in turns])
-
-
-def _messages(
-    turns: object, field: str, role_key: str = "role", content_key: str = "content"
-) -> list[dict[str, str]]:
-    if not isinstance(turns, list) or not turns:
-        raise _RowError(f'"{field}" is no list of turns')
-    messages = []
-    for number, turn in enumerate(turns, start=1):
-        if not isinstance(turn, dict) or not {role_key, content_key} <= turn.keys():
-            raise _RowError(f'turn {number} of "{field}" has no "{role_key}" and "{content_key}"')
-        role = _ROLES.get(_text(turn[role_key], role_key))
-        if role is None:
-            raise _RowError(
-                f"turn {number} is of the role {turn[role_key]!r}, none of {', '.join(_ROLES)}"
-            )
-        check = _output if role == "assistant" else _text
-        messages.append({"role": role, "content": check(turn[content_key], content_key)})
-    return messages
-
-
-def _text(value: object, field: str) -> str:
-    if not isinstance(value, str):
-        raise _RowError(f'"{field}" is no string')
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise _RowError(f'"{field}" has half a surrogate pair, which is no character') from error
-    return value
-
-
-def _output(value: object, field: str) -> str:
-    text = _text(value, field)
-    if not text.strip():
-        raise _RowError(f'"{field}" is empty: there is no output to learn')
-    return text
-
-
 def _encode_row(row: object, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
-    content = _read_row(row, templated=tokenizer.chat_template is not None)
-    if isinstance(content, _Plain):
+    content = read_row(row, templated=tokenizer.chat_template is not None)
+    if isinstance(content, Plain):
         ids, labels = _encode_plain(content, tokenizer)
     elif tokenizer.chat_template is None:
-        raise _RowError("the model's tokenizer has no chat template for a conversation")
+        raise RowError("the model's tokenizer has no chat template for a conversation")
     else:
         ids, labels = _encode(*_render_chat(content, tokenizer), tokenizer)
     # Nothing comes before the first token that it could be predicted from.
     if all(label == IGNORED for label in labels[1:]):
-        raise _RowError("every token is masked: none can be learnt")
+        raise RowError("every token is masked: none can be learnt")
     return ids, labels
 
 
 def _render_chat(
-    chat: _Chat, tokenizer: PreTrainedTokenizerBase
+    chat: Chat, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[str, list[tuple[int, int]]]:
     """The text of a chat, and where in it the outputs begin and end."""
 
@@ -293,36 +104,36 @@ def _render_chat(
                 )
             )
         except (TemplateError, ValueError, TypeError) as error:
-            raise _RowError(f"refused by the chat template ({first_line(error)})") from error
+            raise RowError(f"refused by the chat template ({first_line(error)})") from error
 
     if chat.messages[-1]["role"] != "assistant":
-        raise _RowError(f"ends with a turn of the {chat.messages[-1]['role']}: no output to learn")
+        raise RowError(f"ends with a turn of the {chat.messages[-1]['role']}: no output to learn")
     whole = render(len(chat.messages))
     spans = []
     for turn, message in enumerate(chat.messages):
         if turn < chat.given or message["role"] != "assistant":
             continue
         if turn == 0:
-            raise _RowError("begins with a turn of the assistant, which answers nothing")
+            raise RowError("begins with a turn of the assistant, which answers nothing")
         before, after = render(turn, prompt=True), render(turn + 1)
         if not after.startswith(before):
-            raise _RowError(
+            raise RowError(
                 f"turn {turn + 1} does not begin as the chat template's own generation prompt does"
             )
         if not whole.startswith(after):
-            raise _RowError(
+            raise RowError(
                 f"the chat template rewrites turn {turn + 1}, or one before it, when the chat goes "
                 'on; make a row of each answer, with lists as "prompt" and "completion"'
             )
         # Templates may do without a generation prompt if the answer has no heading.
         answered = after[len(before) :].lstrip().startswith(message["content"].strip())
         if not answered and before == render(turn):
-            raise _RowError("a chat template without a generation prompt: cannot tell outputs")
+            raise RowError("a chat template without a generation prompt: cannot tell outputs")
         spans.append((len(before), len(after)))
     return whole, spans
 
 
-def _encode_plain(plain: _Plain, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+def _encode_plain(plain: Plain, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     text = plain.context + plain.output
     ids, labels = _encode(text, [(len(plain.context), len(text))], tokenizer)
     bos, eos = tokenizer.bos_token_id, tokenizer.eos_token_id
@@ -384,7 +195,7 @@ def _stream_blocks(path: Path) -> Iterator[str]:
     """A text in blocks that end before a space between words, where no token spans the border."""
     rest = ""
     try:
-        with _open(path) as binary, TextIOWrapper(binary, encoding="utf-8-sig") as file:
+        with open_file(path) as binary, TextIOWrapper(binary, encoding="utf-8-sig") as file:
             while block := file.read(_BLOCK_CHARACTERS):
                 block = rest + block
                 at = block.rfind(" ")

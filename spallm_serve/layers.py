@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from spallm_serve.kernels import lut_linear, prepare_codes
 from spallm_serve.kernels.choice import backend_of
@@ -123,6 +124,19 @@ class SketchedLinear(_Sketched):
             f"in_features={self.in_features}, out_features={self.out_features}, bits={bits}, "
             f"groups_per_row={groups}, bias={self.bias is not None}"
         )
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module is a linear layer: dense, GPT-2's Conv1D or sketched."""
+    return isinstance(module, nn.Linear | Conv1D | SketchedLinear)
+
+
+def weight_shape(linear: nn.Module) -> tuple[int, int]:
+    """``(out, in)`` of a linear layer, also where the weight is transposed or a sketch."""
+    if isinstance(linear, Conv1D):
+        return linear.nf, linear.nx
+    assert isinstance(linear, nn.Linear | SketchedLinear)
+    return linear.out_features, linear.in_features
 
 
 class SketchedEmbedding(_Sketched):

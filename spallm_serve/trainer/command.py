@@ -12,7 +12,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from spallm_serve.errors import UserError
 from spallm_serve.examples import stream_examples
-from spallm_serve.models import load_tokenizer, resolve_model, skeleton
+from spallm_serve.models import linears, load_tokenizer, resolve_model, skeleton
 from spallm_serve.preview import preview
 from spallm_serve.trainer.run import train
 from spallm_serve.trainer.settings import (
@@ -95,4 +95,8 @@ def _dense_skeleton(settings: TrainSettings) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(resolve_model(settings.base, Path(settings.base)))
     if getattr(config, "quantization_config", None) is not None:
         raise UserError("--export-peft: PEFT adapts dense layers only, and this base is compressed")
-    return skeleton(config)
+    model = skeleton(config)
+    other = {type(module).__name__ for module in linears(model).values()} - {"Linear"}
+    if other:
+        raise UserError(f"--export-peft: PEFT adapts nn.Linear only, this base has {min(other)}")
+    return model

@@ -24,9 +24,9 @@ from spallm_serve.adapter import (
 )
 from spallm_serve.checkpoint import TABLES
 from spallm_serve.identity import base_identity
-from spallm_serve.layers import SketchedLinear
+from spallm_serve.layers import SketchedLinear, is_linear, weight_shape
 from spallm_serve.models import is_norm, load_model
-from spallm_serve.trainer.smt.layers import grid_shape, is_linear, weight_shape
+from spallm_serve.trainer.smt.layers import grid_shape
 
 RANK = 3
 BLOCK = 8

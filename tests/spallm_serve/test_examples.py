@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from spallm_serve import examples
+from spallm_serve import examples, rows
 from spallm_serve.errors import UserError
-from spallm_serve.examples import IGNORED, Example, read_lines, stream_examples
+from spallm_serve.examples import IGNORED, Example, stream_examples
 from spallm_serve.models import load_tokenizer
+from spallm_serve.rows import read_lines
 from tests.tiny_models import save_tokenizer
 
 USER = {"role": "user", "content": "hi"}
@@ -363,10 +364,10 @@ def test_files_that_cannot_be_read(
     (tmp_path / "latin.txt").write_bytes(latin)
     assert "not UTF-8" in refused(tmp_path / "latin.txt")
     assert "cannot be read" in refused(tmp_path)
-    monkeypatch.setattr(examples, "MAX_LIST_BYTES", 2**20)
+    monkeypatch.setattr(rows, "MAX_LIST_BYTES", 2**20)
     (tmp_path / "big.json").write_text("[" + " " * 2**20 + "]")
     assert "more than 1 MiB" in refused(tmp_path / "big.json")
-    monkeypatch.setattr(examples, "MAX_LINE_BYTES", 2**20)
+    monkeypatch.setattr(rows, "MAX_LINE_BYTES", 2**20)
     (tmp_path / "long.jsonl").write_text('{"text": "a"}\n{"text": "' + "a" * 2**20 + '"}\n')
     assert "long.jsonl:2: longer than 1 MiB" in refused(tmp_path / "long.jsonl")
 

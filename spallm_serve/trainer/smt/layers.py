@@ -7,24 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
 from spallm_serve.errors import UserError
-from spallm_serve.layers import SketchedLinear
+from spallm_serve.layers import weight_shape
 from spallm_serve.trainer.smt.ops import BlockLayout, block_delta
-
-
-def is_linear(module: nn.Module) -> bool:
-    """Whether a module is a linear layer that can carry blocks: dense, GPT-2's or sketched."""
-    return isinstance(module, nn.Linear | Conv1D | SketchedLinear)
-
-
-def weight_shape(linear: nn.Module) -> tuple[int, int]:
-    """``(out, in)`` of a linear layer, also where the weight is transposed or a sketch."""
-    if isinstance(linear, Conv1D):
-        return linear.nf, linear.nx
-    assert isinstance(linear, nn.Linear | SketchedLinear)
-    return linear.out_features, linear.in_features
 
 
 def grid_shape(linear: nn.Module, size: int) -> tuple[int, int]:

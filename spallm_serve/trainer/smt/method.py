@@ -14,15 +14,10 @@ from transformers import PreTrainedModel
 
 from spallm_serve.adapter import BLOCK_INDEX, BLOCKS, Adapter, SmtConfig, expect_kind
 from spallm_serve.errors import UserError
+from spallm_serve.layers import is_linear, weight_shape
 from spallm_serve.models import decoder_blocks
 from spallm_serve.trainer.method import Method, WarmUp
-from spallm_serve.trainer.smt.layers import (
-    SmtLinear,
-    check_block_index,
-    grid_shape,
-    is_linear,
-    weight_shape,
-)
+from spallm_serve.trainer.smt.layers import SmtLinear, check_block_index, grid_shape
 from spallm_serve.trainer.smt.select import block_scores, blocks_in_share, select_blocks
 
 # Of all weights in the blocks; what most of SMT's tables are measured at.

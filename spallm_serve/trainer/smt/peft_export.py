@@ -20,7 +20,8 @@ from spallm_serve.adapter import (
     expect_kind,
 )
 from spallm_serve.errors import UserError
-from spallm_serve.trainer.smt.layers import check_block_index, weight_shape
+from spallm_serve.layers import weight_shape
+from spallm_serve.trainer.smt.layers import check_block_index
 
 
 def export_supertuning(adapter: Adapter, model: nn.Module, directory: Path) -> None:

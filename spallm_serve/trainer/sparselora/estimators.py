@@ -11,50 +11,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spallm_serve.checkpoint import ESTIMATOR_FILE
+from spallm_serve.checkpoint import ESTIMATOR_A, ESTIMATOR_B, ESTIMATOR_FILE
 from spallm_serve.errors import UserError
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.sketch import Sketch
+from spallm_serve.svd import svd_estimator
 from spallm_serve.trainer.sparselora.select import Factors
 from spallm_serve.trainer.sparselora.slices import bit_planes, values_of
 
-_A, _B = ".estimator_a", ".estimator_b"
-_OVERSAMPLING = 8
-_ITERATIONS = 4
 _SEED = 0
 
 _Linears = Mapping[str, nn.Linear | SketchedLinear]
-
-
-def svd_factors(weight: Tensor, rank: int) -> Factors:
-    """Factors of a linear's transposed weight ``W^T = P S Q^T``, cut to a rank.
-
-    ``a = P_r sqrt(S_r)`` and ``b = sqrt(S_r) Q_r^T`` (SparseLoRA, algorithm 1). The SVD is
-    randomised (Halko et al. 2011, algorithms 4.4 and 5.1): the whole one of a large matrix takes
-    minutes and only a few singular vectors are wanted.
-
-    Args:
-        weight: floating point ``[out, in]``.
-        rank: at least 1; cut to what the weight has.
-
-    Returns:
-        bfloat16 ``a [in, rank]`` and ``b [rank, out]``, the same in every run.
-    """
-    transposed = weight.detach().float().T
-    size = min(transposed.shape)
-    rank = min(rank, size)
-    generator = torch.Generator().manual_seed(_SEED)
-    start = torch.randn(
-        transposed.shape[1], min(rank + _OVERSAMPLING, size), generator=generator
-    ).to(transposed.device)
-    basis = torch.linalg.qr(transposed @ start).Q
-    for _ in range(_ITERATIONS):
-        basis = torch.linalg.qr(transposed @ torch.linalg.qr(transposed.T @ basis).Q).Q
-    left, singular, right = torch.linalg.svd(basis.T @ transposed, full_matrices=False)
-    root = singular[:rank].sqrt()
-    a = (basis @ left[:, :rank]) * root
-    b = root[:, None] * right[:rank]
-    return Factors(a.to(torch.bfloat16).contiguous(), b.to(torch.bfloat16).contiguous())
 
 
 def load_estimators(
@@ -105,7 +72,8 @@ def _cached(linears: _Linears, rank: int, cache: Path | None) -> dict[str, Facto
     wanted = {name: _fingerprint(linear, rank) for name, linear in linears.items()}
     stale = [name for name in linears if name not in stored or made_from.get(name) != wanted[name]]
     for name in stale:
-        stored[name] = svd_factors(dense_weight(linears[name]), rank)
+        a, b, _ = svd_estimator(dense_weight(linears[name]).float(), rank, _SEED)
+        stored[name] = Factors(a, b)
     if stale and cache is not None:
         _write(cache, stored, made_from | wanted)
     found = {name: stored[name] for name in linears}
@@ -118,9 +86,16 @@ def _read(path: Path) -> tuple[dict[str, Factors], dict[str, str]]:
     """The factors in a file and its metadata."""
     try:
         with safe_open(path, framework="pt") as file:
-            names = [name.removesuffix(_A) for name in file.keys() if name.endswith(_A)]
+            names = [
+                name.removesuffix(ESTIMATOR_A) for name in file.keys() if name.endswith(ESTIMATOR_A)
+            ]
             factors = {
-                name: Factors(*(file.get_tensor(name + ending).clone() for ending in (_A, _B)))
+                name: Factors(
+                    *(
+                        file.get_tensor(name + ending).clone()
+                        for ending in (ESTIMATOR_A, ESTIMATOR_B)
+                    )
+                )
                 for name in names
             }
             return factors, dict(file.metadata() or {})
@@ -139,8 +114,8 @@ def _check_shapes(found: Mapping[str, Factors], linears: _Linears, path: Path) -
 
 
 def _write(path: Path, factors: Mapping[str, Factors], made_from: dict[str, str]) -> None:
-    tensors = {name + _A: pair.a.cpu() for name, pair in factors.items()}
-    tensors |= {name + _B: pair.b.cpu() for name, pair in factors.items()}
+    tensors = {name + ESTIMATOR_A: pair.a.cpu() for name, pair in factors.items()}
+    tensors |= {name + ESTIMATOR_B: pair.b.cpu() for name, pair in factors.items()}
     partial = path.with_name(path.name + ".partial")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

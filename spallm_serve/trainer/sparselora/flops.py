@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import torch
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -105,27 +102,3 @@ def block_shape(model: PreTrainedModel) -> BlockShape | None:
 def _widths(block: nn.Module, name: str) -> tuple[int, int]:
     linear = block.get_submodule(name)
     return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]
-
-
-def _product(x: Any, codes: Any, tables: Any, *_: Any, **__: Any) -> int:
-    return 2 * int(x[0] * x[1] * tables[1])
-
-
-def _input_gradient(dy: Any, codes: Any, tables: Any, slots: Any, columns: int, **_: Any) -> int:
-    return 2 * int(dy[0] * dy[1] * columns)
-
-
-def _table_gradient(dy: Any, x: Any, *_: Any, **__: Any) -> int:
-    return 2 * int(dy[0] * dy[1] * x[1])
-
-
-def spallm_flops() -> dict[Any, Callable[..., int]]:
-    """How many operations a sketch's products take, for ``FlopCounterMode(custom_mapping=...)``.
-
-    The operators are those that autograd sees; without a gradient to take the kernels run unseen.
-    """
-    return {
-        torch.ops.spallm.lut_linear: _product,
-        torch.ops.spallm.input_gradient: _input_gradient,
-        torch.ops.spallm.table_gradient: _table_gradient,
-    }

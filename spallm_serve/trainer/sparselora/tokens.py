@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from spallm_serve.examples import IGNORED
 from spallm_serve.trainer.method import Batch
 
-NO_LOSS = -100
 # Tokens whose activations are looked at to choose channels. On SmolLM2-135M, 128 of 1024 evenly
 # spaced ones find channels as good as all do (within 0.02 of the activations' energy, at 3 and at
 # 10 % of the channels), where the average over each sequence, which the authors' code looks at,
@@ -57,8 +57,8 @@ def dense_tokens(labels: Tensor) -> Tensor:
     Returns:
         bool ``[rows, tokens]``.
     """
-    dense = labels != NO_LOSS
-    dense[:, :-1] |= labels[:, 1:] != NO_LOSS
+    dense = labels != IGNORED
+    dense[:, :-1] |= labels[:, 1:] != IGNORED
     return dense
 
 

@@ -11,13 +11,14 @@ from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
 
 from spallm_serve.adapter import LORA_A, LORA_B
+from spallm_serve.examples import IGNORED
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.sketch import Sketch
 from spallm_serve.trainer.method import Batch
 from spallm_serve.trainer.sparselora.layers import SparseAttention, SparseMlp
 from spallm_serve.trainer.sparselora.method import SparseLora
 from spallm_serve.trainer.sparselora.settings import SparseLoraSettings
-from spallm_serve.trainer.sparselora.tokens import NO_LOSS, dense_tokens
+from spallm_serve.trainer.sparselora.tokens import dense_tokens
 from tests.tiny_models import CONFIGS
 
 GROUPED = LlamaConfig(
@@ -73,7 +74,7 @@ def make_batch(rows: tuple[str, ...] = ROWS, vocabulary: int = 61, seed: int = 2
     mask = torch.tensor([[int(letter != "_") for letter in row] for row in rows])
     return {
         "input_ids": ids * mask,
-        "labels": torch.where(output, ids, NO_LOSS),
+        "labels": torch.where(output, ids, IGNORED),
         "attention_mask": mask,
     }
 

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from spallm_serve.errors import UserError
-from spallm_serve.trainer.smt.layers import SmtLinear, check_block_index, grid_shape, weight_shape
+from spallm_serve.layers import weight_shape
+from spallm_serve.trainer.smt.layers import SmtLinear, check_block_index, grid_shape
 from tests.spallm_serve.trainer.smt_models import dense_linear, scattered, weight_matrix
 
 KINDS = ("linear", "conv1d", "sketched")

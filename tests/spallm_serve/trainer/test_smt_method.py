@@ -16,9 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from spallm_serve.adapter import Adapter, LutConfig, SmtConfig, read_adapter, write_adapter
 from spallm_serve.errors import UserError
+from spallm_serve.layers import is_linear, weight_shape
 from spallm_serve.models import decoder_blocks
 from spallm_serve.trainer.method import Batch, WarmUp
-from spallm_serve.trainer.smt.layers import SmtLinear, is_linear, weight_shape
+from spallm_serve.trainer.smt.layers import SmtLinear
 from spallm_serve.trainer.smt.method import DEFAULT_SHARE, Smt, SmtSettings, attach
 from tests.spallm_serve.trainer.smt_models import (
     MODELS,

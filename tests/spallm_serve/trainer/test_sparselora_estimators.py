@@ -13,9 +13,9 @@ from spallm_serve.checkpoint import ESTIMATOR_FILE
 from spallm_serve.errors import UserError
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.sketch import Sketch
+from spallm_serve.svd import svd_estimator
 from spallm_serve.trainer.sparselora import estimators
-from spallm_serve.trainer.sparselora.estimators import dense_weight, load_estimators, svd_factors
-from spallm_serve.trainer.sparselora.select import Factors
+from spallm_serve.trainer.sparselora.estimators import dense_weight, load_estimators
 
 
 def weight(rows: int, columns: int, seed: int = 0) -> Tensor:
@@ -26,36 +26,6 @@ def linear(rows: int = 12, columns: int = 9, seed: int = 0) -> nn.Linear:
     layer = nn.Linear(columns, rows, bias=False)
     layer.weight.data = weight(rows, columns, seed)
     return layer
-
-
-@pytest.mark.parametrize(("rows", "columns"), [(40, 90), (90, 40), (5, 30)])
-def test_factors_are_nearly_as_close_as_the_best_ones(rows: int, columns: int) -> None:
-    given, rank = weight(rows, columns), 8
-    found = svd_factors(given, rank)
-    assert found.a.dtype == found.b.dtype == torch.bfloat16
-    rank = min(rank, rows)
-    assert (found.a.shape, found.b.shape) == ((columns, rank), (rank, rows))
-    singular = torch.linalg.svdvals(given.double())
-    best = float(singular[rank:].square().sum().sqrt())
-    error = float((found.a.double() @ found.b.double() - given.T.double()).norm())
-    assert error < 1.02 * best + 0.01 * float(given.norm())
-    # Split evenly: both factors carry the root of the singular values.
-    torch.testing.assert_close(
-        found.a.double().norm(dim=0), singular[:rank].sqrt(), rtol=0.05, atol=0
-    )
-    torch.testing.assert_close(
-        found.b.double().norm(dim=1), singular[:rank].sqrt(), rtol=0.05, atol=0
-    )
-
-
-def test_factors_are_the_same_every_time_and_leave_the_generator_alone() -> None:
-    torch.manual_seed(5)
-    wanted = torch.rand(3)
-    torch.manual_seed(5)
-    first, second = svd_factors(weight(20, 30), 4), svd_factors(weight(20, 30), 4)
-    assert torch.equal(torch.rand(3), wanted)
-    assert torch.equal(first.a, second.a)
-    assert torch.equal(first.b, second.b)
 
 
 def test_the_weight_of_a_sketch() -> None:
@@ -73,11 +43,11 @@ def made(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Counts the decompositions."""
     ranks: list[int] = []
 
-    def counted(given: Tensor, rank: int) -> Factors:
+    def counted(given: Tensor, rank: int, seed: int) -> tuple[Tensor, Tensor, float]:
         ranks.append(rank)
-        return svd_factors(given, rank)
+        return svd_estimator(given, rank, seed)
 
-    monkeypatch.setattr(estimators, "svd_factors", counted)
+    monkeypatch.setattr(estimators, "svd_estimator", counted)
     return ranks
 
 

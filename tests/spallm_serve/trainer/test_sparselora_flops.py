@@ -6,16 +6,15 @@ import copy
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
+from spallm_serve.trainer.flops import counted_flops
 from spallm_serve.trainer.sparselora.flops import (
     BlockShape,
     base_flops,
     block_shape,
     lora_flops,
     predicted_share,
-    spallm_flops,
 )
 from spallm_serve.trainer.sparselora.plan import SparsityPlan, resolve_plan
 from spallm_serve.trainer.sparselora.savings import predict_savings
@@ -87,8 +86,7 @@ def test_formula_and_counter_agree(kind: str, sparse: bool) -> None:
     settings = {"sparsity": SPARSE if sparse else "none", "rank": 4, "estimator_rank": 2}
     method, parameters = prepared(model, **settings)
     method.on_batch(batch, 0.5)
-    with FlopCounterMode(display=False, custom_mapping=spallm_flops()) as counter:
-        loss_of(model, batch).backward()
+    counted = counted_flops(lambda: loss_of(model, batch).backward())
 
     tokens, length = batch["labels"].numel(), batch["labels"].shape[1]
     plan = resolve_plan(SparseLoraSettings.model_validate(settings), 3)
@@ -99,7 +97,7 @@ def test_formula_and_counter_agree(kind: str, sparse: bool) -> None:
     loras = lora_flops(sum(parameter.numel() for parameter in parameters.values())) * tokens
     attention = 3 * 12 * length * 48 * tokens  # two products, and two gradients of each
     head = 4 * 48 * 61 * tokens
-    assert counter.get_total_flops() == pytest.approx(
+    assert counted == pytest.approx(
         blocks + loras + attention + head + estimators(batch, shape, plan), rel=0.03
     )
     assert method.savings(context / tokens).flops == pytest.approx(

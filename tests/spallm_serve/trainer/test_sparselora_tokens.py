@@ -6,9 +6,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from spallm_serve.examples import IGNORED
 from spallm_serve.trainer.sparselora.ops import join_tokens, split_tokens
 from spallm_serve.trainer.sparselora.tokens import (
-    NO_LOSS,
     SCORED_TOKENS,
     context_share,
     dense_tokens,
@@ -18,7 +18,7 @@ from spallm_serve.trainer.sparselora.tokens import (
 
 def labels(*rows: str) -> Tensor:
     """``o`` is an output, ``.`` is not."""
-    return torch.tensor([[5 if letter == "o" else NO_LOSS for letter in row] for row in rows])
+    return torch.tensor([[5 if letter == "o" else IGNORED for letter in row] for row in rows])
 
 
 def padded(*rows: str) -> dict[str, Tensor]:

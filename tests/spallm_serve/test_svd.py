@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from spallm_serve.compressor.svd import svd_estimator
+from spallm_serve.svd import svd_estimator
 
 
 def decaying(rows: int, columns: int, decay: float = 0.8) -> Tensor:
