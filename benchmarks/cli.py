@@ -113,6 +113,49 @@ def tuning(
 
 
 @app.command()
+def training(
+    data: Annotated[Path, typer.Option(help="Rows to learn, e.g. boolq's train.json.")],
+    variant: Annotated[
+        list[str],
+        typer.Option(help="METHOD/BASE or METHOD/BASE/SETTINGS, e.g. lut/bits=4, smt/dense."),
+    ],
+    blocks: Annotated[
+        int, typer.Option(help="Blocks of a random Llama, 2048 wide; 0 is SmolLM2 itself.")
+    ] = 0,
+    rows: Annotated[int, typer.Option(help="Rows in a step.")] = 4,
+    length: Annotated[int, typer.Option(help="Tokens in a row at most.")] = 256,
+    bfloat16: Annotated[bool, typer.Option(help="Activations in bfloat16.")] = True,
+    seconds: Annotated[float, typer.Option(help="For all timed steps.")] = 120.0,
+    scratch: _Scratch = None,
+    json: _Json = None,
+) -> None:
+    """Time, kept activations and operations of a training step, against PEFT's LoRA."""
+    with _measuring(scratch) as folder:
+        import torch
+
+        from spallm_serve.benchmarks.model import write_random_llama
+        from spallm_serve.benchmarks.training import Variant, real_batches, training_records
+        from spallm_serve.benchmarks.tuning import parse_run
+        from spallm_serve.models import load_tokenizer
+
+        packaged = _model_dir(None, folder)
+        model = write_random_llama(folder / "llama", blocks) if blocks else packaged
+        vocabulary = json_module.loads((model / "config.json").read_text())["vocab_size"]
+        batches = real_batches(
+            data, load_tokenizer(packaged), vocabulary, count=4, rows=rows, length=length
+        )
+        runs = [(text, parse_run(text, _variant)) for text in variant]
+        variants = [
+            Variant(text, run.method, None if run.base is None else run.base["bits"], run.settings)
+            for text, run in runs
+        ]
+        dtype = torch.bfloat16 if bfloat16 else torch.float32
+        _finish(
+            training_records(model, batches, variants, folder, dtype=dtype, seconds=seconds), json
+        )
+
+
+@app.command()
 def lloyd(json: _Json = None) -> None:
     """Seconds for the tables of a 4096 x 4096 matrix on one core."""
     with _measuring(None):

@@ -12,13 +12,15 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from spallm_serve.benchmarks import kernels
-from spallm_serve.benchmarks.cli import app
+from spallm_serve.benchmarks.cli import _variant, app
 from spallm_serve.benchmarks.lloyd import lloyd_records
 from spallm_serve.benchmarks.model import write_random_llama
 from spallm_serve.benchmarks.quality import RememberedLogits, chosen_peers
 from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
 from spallm_serve.benchmarks.resume import directory_digest
 from spallm_serve.benchmarks.timing import allocated_bytes
+from spallm_serve.benchmarks.training import kept_bytes
+from spallm_serve.benchmarks.tuning import TuningRun, parse_run
 from spallm_serve.errors import UserError
 from spallm_serve.evaluation import compare
 from spallm_serve.models import open_source, skeleton
@@ -180,3 +182,24 @@ def test_a_stopped_quality_run_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
     assert "--go-on" not in found.command
     assert run(*command, "--windows", "2", "--go-on") == 2
     assert BenchmarkResults.model_validate_json(path.read_text()) == found
+
+
+def test_kept_bytes_are_those_of_the_activations() -> None:
+    layers = torch.nn.Sequential(torch.nn.Linear(6, 5, bias=False), torch.nn.Linear(5, 4))
+    layers[0].requires_grad_(False)
+    x = torch.randn(3, 6)
+    # The second layer keeps what it reads for its weight's gradient; the first one nothing.
+    assert kept_bytes(lambda: layers(x).sum().backward(), layers) == 4 * 3 * 5
+    # Squaring keeps its input, which two operations share.
+    both = torch.randn(7, requires_grad=True)
+    assert kept_bytes(lambda: (both * both + both.square()).sum().backward(), layers) == 4 * 7
+
+
+def test_runs_are_read_as_written() -> None:
+    run = parse_run('lut/bits=2/learning_rate=0.003,lut={"rows": 0.5}', _variant)
+    assert (run.method, run.base) == ("lut", {"bits": 2})
+    assert run.settings == {"learning_rate": 0.003, "lut": {"rows": 0.5}}
+    assert parse_run("lora/dense", _variant) == TuningRun("lora", None, {})
+    for wrong in ("lut", "magic/dense", "lut/bits=2/a=1/b=2", "lut/bits"):
+        with pytest.raises(UserError):
+            parse_run(wrong, _variant)

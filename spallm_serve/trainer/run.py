@@ -118,9 +118,9 @@ def _train(
     pad_token_id = pad_token(base.tokenizer)
     selection = run.selection()
     if selection is None:
+        batches = _batches(settings, stream, pad_token_id, base.model.device)
         warm_up = WarmUp(
-            _warm_up_batches(settings, stream, pad_token_id, method, base.model.device),
-            lambda batch: loss_model(**batch)["loss"],
+            islice(batches, method.warm_up_batches), lambda batch: loss_model(**batch)["loss"]
         )
         selection = method.select(base.model, warm_up)
         if selection:
@@ -130,7 +130,8 @@ def _train(
         # Not the reentrant form: it gives no gradients below inputs that need none.
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
     if isinstance(method, SparseLora):
-        console.print(method.savings(data.context_share).why)
+        first = next(_batches(settings, stream, pad_token_id, base.model.device))
+        _say_savings(method, loss_model, first, data, console)
     count = sum(parameter.numel() for parameter in trained.values())
     console.print(
         f"training {count:,} parameters of {len(trained)} tensors for {steps:,} steps of "
@@ -274,17 +275,24 @@ def pad_token(tokenizer: PreTrainedTokenizerBase) -> int:
     return 0
 
 
-def _warm_up_batches(
-    settings: TrainSettings,
-    stream: ExampleStream,
-    pad_token_id: int,
-    method: Method,
-    device: torch.device,
+def _batches(
+    settings: TrainSettings, stream: ExampleStream, pad_token_id: int, device: torch.device
 ) -> Iterator[Batch]:
+    """The micro batches of one process, from the first; without end."""
     loader: DataLoader[Batch] = DataLoader(
         EndlessStream(stream),  # type: ignore[arg-type]
         settings.batch_size,
         collate_fn=lambda rows: collate(rows, pad_token_id),
     )
-    for batch in islice(loader, method.warm_up_batches):
+    for batch in loader:
         yield {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _say_savings(
+    method: SparseLora, model: LossModel, batch: Batch, data: DataSurvey, console: Console
+) -> None:
+    console.print(f"predicted: {method.savings(data.context_share).why}")
+    model.train()
+    share = method.measured_share(batch, lambda: model(**batch)["loss"].backward())
+    model.zero_grad()
+    console.print(f"counted in a sparse step, head and attention included: {share:.0%} of LoRA's")

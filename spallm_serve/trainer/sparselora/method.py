@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 
 from spallm_serve.adapter import Adapter
 from spallm_serve.models import decoder_blocks
+from spallm_serve.trainer.flops import counted_flops
 from spallm_serve.trainer.method import Batch, Method, Savings, WarmUp
 from spallm_serve.trainer.sparselora.blocks import Site, check_targets, find_sites
 from spallm_serve.trainer.sparselora.estimators import load_estimators
@@ -113,6 +114,18 @@ class SparseLora(Method):
         return predict_savings(
             self._shape, self._plan, context_share, self._settings.start, self._lora.flops()
         )
+
+    def measured_share(self, batch: Batch, step: Callable[[], object]) -> float:
+        """Operations of a step, all of the model's, as a share of the same with plain LoRA.
+
+        Args:
+            batch: whose context is computed sparsely.
+            step: forward and backward pass over it, the model in training mode.
+        """
+        self._current.split = None
+        dense = counted_flops(step)
+        self.on_batch(batch, 1.0)
+        return counted_flops(step) / dense
 
     def _factors(self, sites: Sequence[Site]) -> dict[str, Factors]:
         linears = {name: linear for site in sites for name, linear in site.estimated.items()}

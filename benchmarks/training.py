@@ -1,0 +1,206 @@
+"""What a step of each method takes, beside PEFT's LoRA: time, kept activations, operations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from torch import Tensor, nn
+
+from spallm_serve.batches import ExampleStream, collate
+from spallm_serve.benchmarks.records import Record
+from spallm_serve.benchmarks.timing import Timing, interleaved
+from spallm_serve.benchmarks.tuning import METHODS
+from spallm_serve.compressor.observer import SilentObserver
+from spallm_serve.compressor.pipeline import compress
+from spallm_serve.compressor.settings import parse_settings
+from spallm_serve.models import load_model
+from spallm_serve.trainer.flops import counted_flops
+from spallm_serve.trainer.method import Batch, Method, WarmUp
+from spallm_serve.trainer.model import LossModel, freeze
+from spallm_serve.trainer.run import make_method
+from spallm_serve.trainer.settings import parse_train_settings
+
+PEER = "lora"
+# Sparse from the first step, or the first ones would be timed dense.
+_ALWAYS_SPARSE = 1.0
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A method with its settings on a base.
+
+    Attributes:
+        name: shown in the records.
+        method: a key of ``tuning.METHODS``.
+        bits: of the base; None for a dense one.
+        settings: the trainer's.
+    """
+
+    name: str
+    method: str
+    bits: int | None
+    settings: dict[str, Any]
+
+
+@dataclass
+class _Prepared:
+    model: LossModel
+    method: Method
+    trained: dict[str, nn.Parameter]
+    optimizer: torch.optim.Optimizer
+    batches: list[Batch]
+    turn: int = 0
+
+    def backward(self) -> None:
+        """Forward and backward pass over the next batch."""
+        batch = self.batches[self.turn % len(self.batches)]
+        self.turn += 1
+        self.method.on_batch(batch, _ALWAYS_SPARSE)
+        self.model(**batch)["loss"].backward()
+
+    def step(self) -> None:
+        """A whole step of one micro batch."""
+        self.backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def training_records(
+    model_dir: Path,
+    batches: list[Batch],
+    variants: list[Variant],
+    scratch: Path,
+    *,
+    dtype: torch.dtype,
+    seconds: float,
+) -> Iterator[Record]:
+    """Steps of all variants in turn, in one process, and of a LoRA of rank 16 on the dense base.
+
+    Args:
+        model_dir: the original.
+        batches: see :func:`real_batches`.
+        variants: what to measure.
+        scratch: for compressed bases and estimators.
+        dtype: of the activations.
+        seconds: for all timed steps together.
+    """
+    console = Console(stderr=True)
+    peer = Variant(PEER, PEER, None, {})
+    prepared = {
+        variant.name: _prepare(model_dir, variant, batches, scratch, dtype)
+        for variant in (peer, *variants)
+    }
+    times = interleaved({name: each.step for name, each in prepared.items()}, seconds)
+    kept = {name: kept_bytes(each.backward, each.model) for name, each in prepared.items()}
+    flops = {name: counted_flops(each.backward) for name, each in prepared.items()}
+    tokens = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
+    for variant in variants:
+        ours = prepared[variant.name]
+        case: dict[str, str | int | float | bool | None] = {
+            "variant": variant.name,
+            "base": "dense" if variant.bits is None else f"{variant.bits} bits",
+            "dtype": str(dtype).removeprefix("torch."),
+            "tokens": round(tokens),
+            "parameters": sum(parameter.numel() for parameter in ours.trained.values()),
+            "peer_parameters": sum(p.numel() for p in prepared[PEER].trained.values()),
+            "tokens_per_s": round(tokens / times[variant.name].median, 1),
+        }
+        yield _time_record(case, times[variant.name], times[PEER])
+        yield _record(case, "kept_activation_bytes", kept[variant.name], kept[PEER])
+        yield _record(case, "flops", flops[variant.name], flops[PEER])
+        share = times[variant.name].median / times[PEER].median
+        console.print(
+            f"{variant.name}: {share:.2f}x LoRA's time, "
+            f"{kept[variant.name] / kept[PEER]:.2f}x its activations, "
+            f"{flops[variant.name] / flops[PEER]:.2f}x its operations"
+        )
+
+
+def real_batches(
+    data: Path, tokenizer: Any, vocabulary: int, *, count: int, rows: int, length: int
+) -> list[Batch]:
+    """The first batches of a file of rows.
+
+    Args:
+        data: JSONL, or a list of rows.
+        tokenizer: any; ids beyond the vocabulary are wrapped, for models that have no tokenizer.
+        vocabulary: of the model.
+        count, rows, length: batches, rows in each, tokens in a row at most.
+    """
+    stream = iter(ExampleStream(data, tokenizer, length))
+    batches = [collate(list(islice(stream, rows)), 0) for _ in range(count)]
+    for batch in batches:
+        batch["input_ids"] %= vocabulary
+        batch["labels"] = torch.where(batch["labels"] < 0, batch["labels"], batch["input_ids"])
+    return batches
+
+
+def kept_bytes(function: Callable[[], object], model: nn.Module) -> int:
+    """Bytes of what a forward pass keeps for its backward pass, the model's own left out.
+
+    A storage that several operations keep counts once.
+    """
+    own = {
+        tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
+    }
+    held: dict[int, int] = {}
+    # Alive until the pass is over, or their addresses would be given to others.
+    alive: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            held[storage.data_ptr()] = storage.nbytes()
+            alive.append(tensor.detach())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        function()
+    return sum(held.values())
+
+
+def _prepare(
+    model_dir: Path, variant: Variant, batches: list[Batch], scratch: Path, dtype: torch.dtype
+) -> _Prepared:
+    base = model_dir
+    if variant.bits is not None:
+        base = scratch / f"base-{variant.bits}"
+        if not (base / "config.json").is_file():
+            # How fast a step is does not depend on how well the base was calibrated.
+            settings = parse_settings({"bits": variant.bits, "samples": 2, "seqlen": 64})
+            compress(str(model_dir), base, settings, SilentObserver())
+    told = METHODS[variant.method] | variant.settings
+    method = make_method(
+        parse_train_settings(told | {"base": str(base), "data": "none"}), base, scratch
+    )
+    lm = load_model(base, dtype)
+    freeze(lm)
+    model = LossModel(lm)
+    warm_up = WarmUp(iter(batches[: method.warm_up_batches]), lambda batch: model(**batch)["loss"])
+    trained = method.prepare(lm, method.select(lm, warm_up))
+    model.train()
+    optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
+    return _Prepared(model, method, trained, optimizer, batches)
+
+
+def _time_record(case: dict[str, Any], ours: Timing, peer: Timing) -> Record:
+    record = _record(case, "step_s", ours.median, peer.median)
+    return record.model_copy(update={"runs": ours.runs, "spread": (ours.low, ours.high)})
+
+
+def _record(case: dict[str, Any], metric: str, ours: float, peer: float) -> Record:
+    return Record(
+        bench="training",
+        case=case,
+        metric=metric,
+        ours=ours,
+        peer=peer,
+        peer_name="PEFT LoRA, rank 16, on the dense base",
+        ratio=round(peer / ours, 3),
+    )
