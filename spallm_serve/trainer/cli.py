@@ -23,6 +23,8 @@ spallm-train ./base --data mine.jsonl --method sparselora --sparsity auto -o ada
 
 spallm-train --init-config > train.yaml; spallm-train --config train.yaml -o adapter
 
+[b]Defaults[/b] of all that is not given, and every other setting: --init-config.
+
 [b]Rows of data[/b], found automatically: "messages"; "conversations"; "prompt" and "completion";
 "instruction", "input" and "output"; "question" and "answer"; or "text".
 """
@@ -45,7 +47,10 @@ def main(
     steps: Annotated[Optional[int], _Option(help="Optimizer steps, instead of epochs.")] = None,
     batch_size: Annotated[Optional[int], _Option(help="Rows in a micro batch.")] = None,
     accumulation: Annotated[Optional[int], _Option(help="Micro batches in a step.")] = None,
-    learning_rate: Annotated[Optional[float], _Option("--learning-rate", "--lr")] = None,
+    learning_rate: Annotated[
+        Optional[float],
+        _Option("--learning-rate", "--lr", help="Peak rate; 1e-3 for lut, 3e-4 for the others."),
+    ] = None,
     max_length: Annotated[Optional[int], _Option(help="Tokens in a row.")] = None,
     packing: Annotated[
         Optional[bool], _Option("--packing", help="Several examples in a row.")
