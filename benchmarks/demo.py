@@ -41,7 +41,7 @@ class _Scale:
     steps: int
 
 
-_FULL = _Scale(_BITS, samples=8, seqlen=512, windows=12, steps=60)
+_FULL = _Scale(_BITS, samples=8, seqlen=512, windows=12, steps=40)
 _QUICK = _Scale((4,), samples=2, seqlen=64, windows=1, steps=2)
 
 
