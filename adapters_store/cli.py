@@ -115,8 +115,8 @@ def from_lora(
     original: Annotated[
         Optional[str],
         _Option(
-            help="What the base was compressed from. A LoRA is added to its weights instead of the "
-            "base's; what a whole model changed is told by it."
+            help="What the base was compressed from: only what differs from it is moved. Without "
+            "it a fine-tuned model's weights are taken as they are."
         ),
     ] = None,
     calibration: Annotated[

@@ -24,30 +24,28 @@ from spallm_serve.models import ModelSource, is_norm, open_source, read_paramete
 
 @dataclass(frozen=True)
 class LoraFineTune:
-    """A LoRA on top of the original model, or of what the base stands for.
+    """A LoRA, which is a change of weights in itself.
 
     Attributes:
         adapter, config: the LoRA.
-        original: the uncompressed model, or None.
-        dense: a skeleton of it.
-        modules: what the LoRA changes.
+        modules: what it changes.
     """
 
     adapter: Adapter
     config: LoraConfig
-    original: ModelSource | None
-    dense: PreTrainedModel
     modules: list[str]
 
     def weights(self, module: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`spallm_serve.compressor.projection.FineTune.weights`."""
-        before = _weight_before(self.original, self.dense, module, base)
-        return before + lora_delta(self.adapter, self.config, module), before
+        return base + lora_delta(self.adapter, self.config, module), base
 
 
 @dataclass(frozen=True)
 class ModelFineTune:
     """A model that was fine-tuned whole.
+
+    Where the original is known, what changed is added to what the base stands for: the base's
+    tables, which were fitted with more than this, stay as they are where nothing changed.
 
     Attributes:
         source: its weights.
@@ -63,8 +61,11 @@ class ModelFineTune:
 
     def weights(self, module: str, base: Tensor) -> tuple[Tensor, Tensor]:
         """See :meth:`spallm_serve.compressor.projection.FineTune.weights`."""
-        after = stored_weight(self.source, module, self.dense.get_submodule(module)).float()
-        return after, _weight_before(self.original, self.dense, module, base)
+        linear = self.dense.get_submodule(module)
+        after = stored_weight(self.source, module, linear).float()
+        if self.original is None:
+            return after, base
+        return base + after - stored_weight(self.original, module, linear).float(), base
 
 
 @dataclass(frozen=True)
@@ -127,7 +128,7 @@ def _open_lora(
                 f"{module}: the LoRA changes it, but the base has not compressed it, so that it "
                 "has no tables"
             )
-    return LoraFineTune(adapter, config, original, skeleton(base.source.config), modules)
+    return LoraFineTune(adapter, config, modules)
 
 
 def _open_model(name: str, base: StoredBase, original: ModelSource | None, scratch: Path) -> Opened:
@@ -200,11 +201,3 @@ def _beside(
         else:
             left_behind.append(name)
     return norms, left_behind
-
-
-def _weight_before(
-    original: ModelSource | None, dense: PreTrainedModel, module: str, base: Tensor
-) -> Tensor:
-    if original is None:
-        return base
-    return stored_weight(original, module, dense.get_submodule(module)).float()

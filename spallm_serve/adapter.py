@@ -134,13 +134,21 @@ class Adapter:
 
 
 def lora_modules(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """``lora_A [r, in]`` and ``lora_B [out, r]`` of a LoRA by the module's name in the model."""
+    """``lora_A [r, in]`` and ``lora_B [out, r]`` of a LoRA by the module's name in the model.
+
+    Raises:
+        UserError: one without the other.
+    """
+    modules = adapter.modules(LORA_A)
+    odd = set(modules) ^ set(adapter.modules(LORA_B))
+    if odd:
+        raise UserError(f"{min(odd)}: lora_A and lora_B belong together, one of them is missing")
     return {
         module.removeprefix(LORA_PREFIX): (
             adapter.tensors[module + LORA_A],
             adapter.tensors[module + LORA_B],
         )
-        for module in adapter.modules(LORA_A)
+        for module in modules
     }
 
 

@@ -165,6 +165,9 @@ def test_lora_scale_and_modules() -> None:
     assert LoraConfig(r=4, lora_alpha=8, use_rslora=True).scale == 4
     (name, (a, b)) = next(iter(lora_modules(adapter).items()))
     assert (name, a.shape, b.shape) == ("layers.0.q_proj", (4, 12), (6, 4))
+    half = Adapter(config, {name: t for name, t in adapter.tensors.items() if "lora_A" in name})
+    with pytest.raises(UserError, match="belong together"):
+        lora_modules(half)
     with pytest.raises(UserError, match="here: is a LORA adapter"):
         expect_kind(adapter, LutConfig, "here")
 
