@@ -18,13 +18,13 @@ from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Column, Table
 
-from spallm_serve.adapter import Adapter, LutConfig, adapter_digest, write_adapter
+from spallm_serve.adapter import Adapter, LutConfig, adapter_digest
+from spallm_serve.adapter_files import read_adapter, write_adapter
 from spallm_serve.adapters_store.base import check_fits, open_base
 from spallm_serve.adapters_store.conversion import Conversion, base_tokens, convert, open_target
 from spallm_serve.adapters_store.difference import compare
 from spallm_serve.adapters_store.facts import AdapterFacts, Fact, adapter_facts, base_name
 from spallm_serve.adapters_store.merge import merge, tensor_count
-from spallm_serve.adapters_store.structure import read_checked
 from spallm_serve.compressor.projection import Change, Projected
 from spallm_serve.compressor.run_directory import check_output
 
@@ -38,7 +38,7 @@ def inspect_adapter(directory: Path, *, as_json: bool) -> None:
     Raises:
         UserError: it is none, or damaged.
     """
-    facts = adapter_facts(read_checked(directory))
+    facts = adapter_facts(read_adapter(directory))
     if as_json:
         print(json.dumps(asdict(facts), indent=2))
         return
@@ -58,7 +58,7 @@ def verify_adapter(directory: Path, base: str | None) -> None:
     Raises:
         UserError: what is wrong.
     """
-    adapter = read_checked(directory)
+    adapter = read_adapter(directory)
     kind, digest = adapter.config.peft_type, adapter_digest(adapter)
     said = f"OK: {directory} is a whole {kind} adapter, {digest[:12]}"
     if base is not None:
@@ -77,7 +77,7 @@ def merge_adapter(directory: Path, base_name: str, output: Path) -> None:
     Raises:
         UserError: they do not go together, or the output cannot be written.
     """
-    adapter = read_checked(directory)
+    adapter = read_adapter(directory)
     console = _console()
     with tempfile.TemporaryDirectory() as scratch:
         base = open_base(base_name, Path(scratch) / "base")
@@ -100,7 +100,7 @@ def diff_adapters(first: Path, second: Path) -> None:
     Raises:
         UserError: one of them is none, or damaged.
     """
-    a, b = read_checked(first), read_checked(second)
+    a, b = read_adapter(first), read_adapter(second)
     console = _console()
     facts = _table("", "A", "B")
     for title, value in (

@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spallm_serve.adapted import insert_adapter
-from spallm_serve.adapter import CONFIG_FILE, Adapter, LoraConfig, expect_kind
+from spallm_serve.adapter import Adapter, LoraConfig, expect_kind
+from spallm_serve.adapter_files import CONFIG_FILE, read_adapter
 from spallm_serve.adapters_store.base import StoredBase
 from spallm_serve.adapters_store.delta import changed_modules, lora_delta
-from spallm_serve.adapters_store.structure import read_checked
 from spallm_serve.checkpoint import CODES
 from spallm_serve.compressor.projection import FineTune
 from spallm_serve.errors import UserError
@@ -108,7 +108,7 @@ def open_fine_tune(
 def _open_lora(
     directory: Path, base: StoredBase, digest: str, original: ModelSource | None
 ) -> LoraFineTune:
-    adapter = read_checked(directory)
+    adapter = read_adapter(directory)
     config = expect_kind(adapter, LoraConfig, f"{directory}: only a LoRA can be moved")
     made_for = config.base_digest
     if made_for not in (None, digest) and (

@@ -18,18 +18,21 @@ from transformers.pytorch_utils import Conv1D
 from spallm_serve.adapter import ROWS, Adapter, LutConfig
 from spallm_serve.adapters_store.base import StoredBase
 from spallm_serve.adapters_store.delta import changed_modules, weight_delta
-from spallm_serve.checkpoint import CODES, ESTIMATOR_FILE, TABLES, write_shards
+from spallm_serve.checkpoint import (
+    CODES,
+    CONFIG_FILE,
+    ESTIMATOR_FILE,
+    TABLES,
+    copy_companions,
+    write_shards,
+)
 from spallm_serve.compressor.run_directory import check_output
 from spallm_serve.errors import UserError
 from spallm_serve.models import ModelSource, read_parameter, skeleton
-from spallm_serve.shards import INDEX_FILE
 from spallm_serve.sketch import Sketch
 
-_CONFIG_FILE = "config.json"
-# Files beside the weights that a model directory needs: tokenizer, chat template, generation.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
-# The last is the record of how the base was compressed, which says nothing of the merged weights.
-_NOT_COMPANIONS = (_CONFIG_FILE, INDEX_FILE, "spallm_report.json")
+# The record of how the base was compressed says nothing of the merged weights.
+_LEFT_BEHIND = ("spallm_report.json",)
 
 
 def merge(
@@ -65,13 +68,13 @@ def merge(
     )
     with _staged(output) as staging:
         written = write_shards(_counted(tensors, on_tensor), staging)
-        _copy_companions(base.source.directory, staging)
+        copy_companions(base.source.directory, staging, _LEFT_BEHIND)
         if as_tables and (base.source.directory / ESTIMATOR_FILE).is_file():
             shutil.copyfile(base.source.directory / ESTIMATOR_FILE, staging / ESTIMATOR_FILE)
-        config = json.loads((base.source.directory / _CONFIG_FILE).read_text())
+        config = json.loads((base.source.directory / CONFIG_FILE).read_text())
         if not as_tables:
             config = _dense_config(config, base, untied)
-        (staging / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+        (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
     return written
 
 
@@ -156,13 +159,6 @@ def _counted(
     for count, (name, tensor) in enumerate(tensors, start=1):
         yield name, tensor
         on_tensor(count)
-
-
-def _copy_companions(source: Path, staging: Path) -> None:
-    for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.name not in _NOT_COMPANIONS:
-                shutil.copyfile(path, staging / path.name)
 
 
 @contextmanager

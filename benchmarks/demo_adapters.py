@@ -45,7 +45,7 @@ def train_adapters(base: Path, folder: Path, steps: int) -> dict[str, Path]:
 def ask_all(console: Console, base: Path, adapters: dict[str, Path]) -> None:
     """Show what the base and each adapter answer to :data:`QUESTION`."""
     from spallm_serve.adapted import apply_adapter
-    from spallm_serve.adapter import read_adapter
+    from spallm_serve.adapter_files import read_adapter
     from spallm_serve.evaluation import answer
     from spallm_serve.models import load_model, load_tokenizer
 

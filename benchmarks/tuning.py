@@ -14,7 +14,8 @@ from rich.console import Console
 from torch import Tensor
 
 from spallm_serve.adapted import apply_adapter
-from spallm_serve.adapter import Adapter, read_adapter
+from spallm_serve.adapter import Adapter
+from spallm_serve.adapter_files import read_adapter
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.compressor.observer import SilentObserver
 from spallm_serve.compressor.pipeline import compress

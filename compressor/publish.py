@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,12 +13,14 @@ from transformers import PreTrainedModel
 
 from spallm_serve.checkpoint import (
     CODES,
+    CONFIG_FILE,
     ESTIMATOR_A,
     ESTIMATOR_B,
     ESTIMATOR_FILE,
     TABLES,
     LayerFormat,
     SketchConfig,
+    copy_companions,
     write_shards,
 )
 from spallm_serve.compressor.heap import return_freed_memory
@@ -37,11 +38,7 @@ REFINED_FILE = "refined"
 RECORD_FILE = "spallm_report.json"
 REPORT_FILE = "spallm_report.html"
 
-_CONFIG_FILE = "config.json"
-# Files beside the weights that a model directory needs: tokenizer, chat template, generation.
-_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 _SHOWN_SAMPLES = 4
-_NOT_COMPANIONS = (_CONFIG_FILE, "model.safetensors.index.json")
 
 
 @dataclass(frozen=True)
@@ -117,23 +114,23 @@ def publish(finished: FinishedRun) -> CompressionRecord:
         save_file(estimators, staging / ESTIMATOR_FILE, metadata={"format": "pt"})
         sizes["estimators"] = sum(tensor.nbytes for tensor in estimators.values())
     del estimators
-    _copy_companions(finished.source.directory, staging)
+    copy_companions(finished.source.directory, staging)
     digest = base_digest(
         (name.removesuffix(CODES), saved.read(name)) for name in saved.names(CODES)
     )
     record = _record(finished, sizes, digest)
     (staging / RECORD_FILE).write_text(record.model_dump_json(indent=2) + "\n")
     write_report(record, staging / REPORT_FILE)
-    config = json.loads((finished.source.directory / _CONFIG_FILE).read_text())
+    config = json.loads((finished.source.directory / CONFIG_FILE).read_text())
     config["quantization_config"] = _sketch_config(finished, digest).model_dump()
-    (staging / _CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
-    finished.run.publish(_CONFIG_FILE)
+    (staging / CONFIG_FILE).write_text(json.dumps(config, indent=2) + "\n")
+    finished.run.publish(CONFIG_FILE)
     return record
 
 
 def finished_record(output: Path) -> CompressionRecord | None:
     """The record of a finished run, or None where the output is not complete."""
-    if not (output / _CONFIG_FILE).is_file():
+    if not (output / CONFIG_FILE).is_file():
         return None
     return CompressionRecord.model_validate_json((output / RECORD_FILE).read_text())
 
@@ -160,13 +157,6 @@ def _counted(
         kind = {CODES: "codes", TABLES: "tables"}.get("." + name.rpartition(".")[2], "other")
         sizes[kind] += tensor.nbytes
         yield name, tensor
-
-
-def _copy_companions(source: Path, staging: Path) -> None:
-    for pattern in _COMPANIONS:
-        for path in sorted(source.glob(pattern)):
-            if path.name not in _NOT_COMPANIONS:
-                shutil.copyfile(path, staging / path.name)
 
 
 def _sketch_config(finished: FinishedRun, digest: str) -> SketchConfig:

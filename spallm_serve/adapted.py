@@ -7,8 +7,6 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spallm_serve.adapter import (
-    LORA_A,
-    LORA_B,
     ROWS,
     Adapter,
     LoraConfig,
@@ -16,6 +14,7 @@ from spallm_serve.adapter import (
     SmtConfig,
     lora_modules,
 )
+from spallm_serve.adapter_structure import check_structure
 from spallm_serve.checkpoint import TABLES
 from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
@@ -60,8 +59,10 @@ def insert_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
     The model may be a skeleton without weights: so it is seen whether an adapter fits.
 
     Raises:
-        UserError: it does not fit the model's layers. The model is then as it was.
+        UserError: it is not what its kind needs, or does not fit the model's layers. The model is
+            then as it was.
     """
+    check_structure(adapter)
     if isinstance(adapter.config, SmtConfig):
         attach(model, adapter)
     elif isinstance(adapter.config, LutConfig):
@@ -71,7 +72,7 @@ def insert_adapter(model: PreTrainedModel, adapter: Adapter) -> None:
 
 
 def _replace_tables(model: PreTrainedModel, adapter: Adapter) -> None:
-    tables = dict(_checked_tables(model, adapter))
+    tables = _checked_tables(model, adapter)
     norms = _checked_norms(model, adapter)
     for name, values in tables.items():
         layer = model.get_submodule(name)
@@ -93,28 +94,16 @@ def _checked_tables(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tenso
         given, rows = adapter.tensors[name + TABLES], adapter.tensors.get(name + ROWS)
         height, groups, entries = layer.tables.shape
         expected = [height if rows is None else len(rows), groups, entries]
-        if list(given.shape) != expected or not given.is_floating_point():
+        if list(given.shape) != expected:
             raise UserError(f"{name}{TABLES}: expected {expected}, got {list(given.shape)}")
         if rows is None:
             found[name] = given
             continue
-        check_rows(name, rows, height)
+        if int(rows[-1]) >= height:  # they ascend
+            raise UserError(f"{name}{ROWS}: expected 0 to {height - 1}, got {int(rows[-1])}")
         where = rows.to(layer.tables.device).long()
         found[name] = layer.tables.index_copy(0, where, given.to(layer.tables))
     return found
-
-
-def check_rows(name: str, rows: Tensor, height: int) -> None:
-    """Refuse row numbers that a layer does not have.
-
-    Raises:
-        UserError: not int32, not ascending, or out of range.
-    """
-    ascending = rows.dim() == 1 and bool((rows[1:] > rows[:-1]).all())
-    if not ascending or rows.is_floating_point() or not len(rows):
-        raise UserError(f"{name}{ROWS}: expected ascending row numbers, got {list(rows.shape)}")
-    if int(rows[0]) < 0 or int(rows[-1]) >= height:
-        raise UserError(f"{name}{ROWS}: expected 0 to {height - 1}, got {int(rows[-1])}")
 
 
 def _checked_norms(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor]:
@@ -134,9 +123,6 @@ def _checked_norms(model: PreTrainedModel, adapter: Adapter) -> dict[str, Tensor
         if tensor.shape != norms[name].shape:
             raise UserError(f"{name}: expected {list(norms[name].shape)}, got {list(tensor.shape)}")
         found[name] = tensor
-    orphans = set(adapter.modules(ROWS)) - set(adapter.modules(TABLES))
-    if orphans:
-        raise UserError(f"{min(orphans)}{ROWS}: there are no tables for these rows")
     return found
 
 
@@ -168,9 +154,6 @@ class LoraLinear(nn.Module):
 def _add_lora(model: PreTrainedModel, adapter: Adapter, config: LoraConfig) -> None:
     modules = dict(model.named_modules())
     layers: dict[str, LoraLinear] = {}
-    odd = [name for name in adapter.tensors if not name.endswith((LORA_A, LORA_B))]
-    if odd:
-        raise UserError(f"{odd[0]}: neither lora_A nor lora_B")
     for name, (a, b) in lora_modules(adapter).items():
         if name not in modules or not is_linear(modules[name]):
             raise UserError(f"{name}: the base has no such linear layer")

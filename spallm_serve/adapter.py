@@ -1,32 +1,25 @@
-"""An adapter on disk: what fine-tuning adds to a base; written whole, and never trusted."""
+"""An adapter: what fine-tuning adds to a base; its configuration, tensors and identity."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from spallm_serve.errors import UserError
 
-CONFIG_FILE = "adapter_config.json"
-TENSOR_FILE = "adapter_model.safetensors"
 ROWS = ".rows"
 BLOCKS, BLOCK_INDEX = ".blocks", ".block_index"
 LORA_PREFIX = "base_model.model."
 LORA_A, LORA_B = ".lora_A.weight", ".lora_B.weight"
 
 _FORMAT_VERSION: Literal[1] = 1
-_MAX_CONFIG_BYTES = 1 << 20
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -134,21 +127,14 @@ class Adapter:
 
 
 def lora_modules(adapter: Adapter) -> dict[str, tuple[Tensor, Tensor]]:
-    """``lora_A [r, in]`` and ``lora_B [out, r]`` of a LoRA by the module's name in the model.
-
-    Raises:
-        UserError: one without the other.
-    """
-    modules = adapter.modules(LORA_A)
-    odd = set(modules) ^ set(adapter.modules(LORA_B))
-    if odd:
-        raise UserError(f"{min(odd)}: lora_A and lora_B belong together, one of them is missing")
+    """``lora_A [r, in]`` and ``lora_B [out, r]`` of a checked LoRA by the module's name in the
+    model."""
     return {
         module.removeprefix(LORA_PREFIX): (
             adapter.tensors[module + LORA_A],
             adapter.tensors[module + LORA_B],
         )
-        for module in modules
+        for module in adapter.modules(LORA_A)
     }
 
 
@@ -169,86 +155,11 @@ def adapter_digest(adapter: Adapter) -> str:
     return digest.hexdigest()
 
 
-def write_adapter(adapter: Adapter, directory: Path) -> None:
-    """Write an adapter directory; it appears complete, or not at all.
-
-    An adapter that is there already is replaced; files of others in the directory stay.
-
-    Raises:
-        UserError: the directory cannot be written.
-    """
-    staging = directory.with_name(directory.name + ".partial")
-    try:
-        shutil.rmtree(staging, ignore_errors=True)  # what a kill may have left
-        staging.mkdir(parents=True)
-        tensors = {
-            name: adapter.tensors[name].detach().cpu().contiguous()
-            for name in sorted(adapter.tensors)
-        }
-        save_file(tensors, staging / TENSOR_FILE, metadata={"format": "pt"})
-        fields = config_fields(adapter.config)
-        (staging / CONFIG_FILE).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
-        directory.mkdir(parents=True, exist_ok=True)
-        # Without its configuration the directory is no adapter; so that goes first and comes last.
-        (directory / CONFIG_FILE).unlink(missing_ok=True)
-        (staging / TENSOR_FILE).replace(directory / TENSOR_FILE)
-        (staging / CONFIG_FILE).replace(directory / CONFIG_FILE)
-        staging.rmdir()
-    except OSError as error:
-        raise UserError(f"{directory}: the adapter cannot be written ({error})") from error
-
-
 def config_fields(config: AdapterConfig) -> dict[str, Any]:
     """What ``adapter_config.json`` holds."""
     if isinstance(config, LoraConfig):
         return config.fields | config.model_dump(mode="json")
     return config.model_dump(mode="json")
-
-
-def read_adapter(directory: Path, base_digest: str | None = None) -> Adapter:
-    """Read an adapter directory; nothing in it is run, unpickled or used as a path.
-
-    Args:
-        directory: the adapter.
-        base_digest: of the base it is meant for; None accepts any.
-
-    Raises:
-        UserError: no adapter, damaged, of an unknown kind, or made for another base.
-    """
-    config = read_adapter_config(directory)
-    if base_digest is not None and config.base_digest not in (None, base_digest):
-        raise UserError(
-            f"{directory}: was made for the base {config.base_digest}, this one is {base_digest}; "
-            "an adapter only fits the codes it was trained on"
-        )
-    path = directory / TENSOR_FILE
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file (only safetensors are read)") from error
-    except (SafetensorError, OSError) as error:
-        raise UserError(f"{path}: damaged or truncated ({error})") from error
-    if not tensors:
-        raise UserError(f"{path}: holds no tensor")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise UserError(f"{path}: {name} holds NaN or Inf")
-    return Adapter(config, tensors)
-
-
-def read_adapter_config(directory: Path) -> AdapterConfig:
-    """The configuration of an adapter directory (errors: as :func:`read_adapter`)."""
-    path = directory / CONFIG_FILE
-    try:
-        if path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise UserError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes")
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise UserError(f"{directory}: no adapter here (no {CONFIG_FILE})") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: cannot be read as JSON ({error})") from error
-    return parse_adapter_config(raw, str(path))
 
 
 def parse_adapter_config(raw: object, where: str) -> AdapterConfig:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+import shutil
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -19,9 +20,11 @@ FORMAT_VERSION = 1
 QUANT_METHOD: Literal["spallm"] = "spallm"
 ESTIMATOR_FILE = "estimators.safetensors"
 ESTIMATOR_A, ESTIMATOR_B = ".estimator_a", ".estimator_b"
+CONFIG_FILE = "config.json"
 CODES, TABLES = ".codes", ".tables"
 # One shard is the most that saving holds in memory.
 SHARD_BYTES = 192 << 20
+_COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
 
 Bits = Literal[2, 3, 4]
 
@@ -89,7 +92,7 @@ def parse_sketch_config(raw: object, where: str) -> SketchConfig:
 def read_sketch_config(directory: Path) -> SketchConfig:
     """The configuration of a compressed checkpoint directory (errors: as
     :func:`parse_sketch_config`)."""
-    path = directory / "config.json"
+    path = directory / CONFIG_FILE
     try:
         raw = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -130,6 +133,20 @@ def check_digest(found: str, config: SketchConfig, where: str) -> None:
             f"{where}: damaged checkpoint: the codes have digest {found}, "
             f"config.json says {config.base_digest}; fetch it again"
         )
+
+
+def copy_companions(source: Path, target: Path, leave: Collection[str] = ()) -> None:
+    """Copy what a model directory needs beside its configuration and weights: tokenizer, chat
+    template, generation settings.
+
+    Args:
+        source, target: directories.
+        leave: names of other files that are not copied.
+    """
+    for pattern in _COMPANIONS:
+        for path in sorted(source.glob(pattern)):
+            if path.name not in (CONFIG_FILE, INDEX_FILE, *leave):
+                shutil.copyfile(path, target / path.name)
 
 
 def write_shards(tensors: Iterable[tuple[str, Tensor]], directory: Path) -> int:

@@ -145,7 +145,7 @@ def _opened(
         loaded = load_model(directory)
         if adapter is not None:
             from spallm_serve.adapted import apply_adapter
-            from spallm_serve.adapter import read_adapter
+            from spallm_serve.adapter_files import read_adapter
 
             apply_adapter(loaded, read_adapter(adapter))
         yield loaded, load_tokenizer(directory)

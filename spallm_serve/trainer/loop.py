@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
-from transformers import Trainer, TrainerCallback, TrainingArguments
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
 
 from spallm_serve.batches import EndlessStream, ExampleStream, collate
 from spallm_serve.errors import UserError
 from spallm_serve.examples import IGNORED
 from spallm_serve.trainer.method import Batch, Method
 from spallm_serve.trainer.model import LossModel
+from spallm_serve.trainer.progress import ProgressBar
 from spallm_serve.trainer.settings import TrainSettings
 
 TRAINED_FILE = "trained.safetensors"
@@ -33,7 +35,8 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         stream: rows to learn.
         judged: rows to judge on, or None.
         pad_token_id: for batches.
-        callbacks: for progress.
+        bar: shows how it goes.
+        callbacks: more of transformers'.
     """
 
     def __init__(
@@ -45,20 +48,21 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         stream: ExampleStream,
         judged: ExampleStream | None,
         pad_token_id: int,
-        callbacks: list[TrainerCallback],
+        bar: ProgressBar,
+        callbacks: Sequence[TrainerCallback] = (),
     ) -> None:
         self._method, self._trained, self._judged = method, trained, judged
         self._pad_token_id = pad_token_id
-        # Loss tokens, and all of this process, since the start of this process.
-        self.tokens_seen = 0
+        self._bar = bar
         super().__init__(
             model=model,
             args=arguments,
             train_dataset=EndlessStream(stream),
             eval_dataset=judged,
             data_collator=self._collate,
-            callbacks=callbacks,
+            callbacks=[bar, *callbacks],
         )
+        self.remove_callback(PrinterCallback)  # the bar shows the same
 
     def _collate(self, rows: list[Any]) -> Batch:
         return collate(rows, self._pad_token_id)
@@ -76,7 +80,7 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
             UserError: it is NaN or infinite.
         """
         self._method.on_batch(inputs, self.state.global_step / self.state.max_steps)
-        self.tokens_seen += inputs["input_ids"].numel()
+        self._bar.tokens += inputs["input_ids"].numel()
         loss: Any = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         if not bool(torch.isfinite(loss)):
             kept = latest_checkpoint(Path(str(self.args.output_dir)))

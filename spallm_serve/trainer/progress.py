@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
 from typing import Any
 
 from rich.console import Console
@@ -16,17 +15,17 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
 
     Args:
         console: where to.
-        tokens_seen: how many tokens this process has run so far.
 
     Attributes:
+        tokens: that this process has run so far; counted by the loop.
         losses: step -> training loss.
         eval_losses: step -> loss on the rows to judge on.
     """
 
-    def __init__(self, console: Console, tokens_seen: Callable[[], int]) -> None:
+    def __init__(self, console: Console) -> None:
+        self.tokens = 0
         self.losses: dict[int, float] = {}
         self.eval_losses: dict[int, float] = {}
-        self._console, self._tokens_seen = console, tokens_seen
         self._started = 0.0
         self._judged = ""
         self._bar = Progress(
@@ -42,7 +41,7 @@ class ProgressBar(TrainerCallback):  # type: ignore[misc]
     @property
     def tokens_per_second(self) -> float:
         """Over all steps of this process, checkpoints and evaluations included."""
-        return self._tokens_seen() / max(time.perf_counter() - self._started, 1e-9)
+        return self.tokens / max(time.perf_counter() - self._started, 1e-9)
 
     def on_train_begin(
         self,

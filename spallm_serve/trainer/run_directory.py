@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from spallm_serve.adapter import CONFIG_FILE, TENSOR_FILE
+from spallm_serve.adapter_files import CONFIG_FILE, TENSOR_FILE
 from spallm_serve.errors import UserError
 from spallm_serve.trainer.settings import TrainSettings
 
@@ -103,13 +103,14 @@ class TrainingDirectory:
         shutil.rmtree(self.folder)
 
 
-def fingerprint(settings: TrainSettings, base_digest: str, version: int) -> str:
-    """sha256 over all that decides the result: settings, data, base and the code's version.
+def fingerprint(settings: TrainSettings, base_digest: str, version: int, processes: int) -> str:
+    """sha256 over all that decides the result: settings, data, base, the code's version and how
+    many processes share the rows of a step.
 
     Raises:
         UserError: the data cannot be read.
     """
-    digest = hashlib.sha256(f"spallm-train {version} {base_digest}\n".encode())
+    digest = hashlib.sha256(f"spallm-train {version} {base_digest} {processes}\n".encode())
     told = settings.model_dump(mode="json", exclude=_WITHOUT_EFFECT | {"base", "data", "eval_data"})
     digest.update(json.dumps(told, sort_keys=True).encode())
     for path in (settings.data, settings.eval_data):

@@ -20,8 +20,8 @@ from spallm_serve.adapter import (
     LutConfig,
     SmtConfig,
     parse_adapter_config,
-    write_adapter,
 )
+from spallm_serve.adapter_files import write_adapter
 from spallm_serve.checkpoint import TABLES
 from spallm_serve.identity import base_identity
 from spallm_serve.layers import SketchedLinear, is_linear, weight_shape

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from spallm_serve.adapter import adapter_digest, read_adapter
+from spallm_serve.adapter import adapter_digest
+from spallm_serve.adapter_files import read_adapter
 from spallm_serve.adapters_store.cli import app
 from spallm_serve.adapters_store.command import printable
 from spallm_serve.models import load_model

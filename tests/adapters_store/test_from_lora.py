@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 
 from spallm_serve.adapted import apply_adapter
-from spallm_serve.adapter import Adapter, read_adapter, write_adapter
+from spallm_serve.adapter import Adapter
+from spallm_serve.adapter_files import read_adapter, write_adapter
 from spallm_serve.adapters_store.delta import lora_delta
 from spallm_serve.compressor.projection import fit_tables
 from spallm_serve.data import file_windows

@@ -14,8 +14,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from spallm_serve.adapter import (
-    CONFIG_FILE,
-    TENSOR_FILE,
     Adapter,
     LoraConfig,
     LutConfig,
@@ -24,9 +22,9 @@ from spallm_serve.adapter import (
     expect_kind,
     lora_modules,
     parse_adapter_config,
-    read_adapter,
-    write_adapter,
 )
+from spallm_serve.adapter_files import CONFIG_FILE, TENSOR_FILE, read_adapter, write_adapter
+from spallm_serve.adapter_structure import check_structure
 from spallm_serve.errors import UserError
 
 DIGEST, OTHER = "ab" * 32, "cd" * 32
@@ -40,7 +38,10 @@ def lut_adapter(**tensors: Tensor) -> Adapter:
 
 
 def smt_adapter() -> Adapter:
-    tensors = {"a.blocks": torch.randn(2, 8, 8).half(), "a.block_index": torch.zeros(2, 2).int()}
+    tensors = {
+        "a.blocks": torch.randn(2, 8, 8).half(),
+        "a.block_index": torch.tensor([[0, 0], [0, 1]]).int(),
+    }
     return Adapter(SmtConfig(base_digest=DIGEST, block_size=8), tensors)
 
 
@@ -166,8 +167,8 @@ def test_lora_scale_and_modules() -> None:
     (name, (a, b)) = next(iter(lora_modules(adapter).items()))
     assert (name, a.shape, b.shape) == ("layers.0.q_proj", (4, 12), (6, 4))
     half = Adapter(config, {name: t for name, t in adapter.tensors.items() if "lora_A" in name})
-    with pytest.raises(UserError, match="belong together"):
-        lora_modules(half)
+    with pytest.raises(UserError, match="needs both"):
+        check_structure(half)
     with pytest.raises(UserError, match="here: is a LORA adapter"):
         expect_kind(adapter, LutConfig, "here")
 

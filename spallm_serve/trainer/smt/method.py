@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spallm_serve.adapter import BLOCK_INDEX, BLOCKS, Adapter, SmtConfig, expect_kind
+from spallm_serve.adapter_structure import check_structure
 from spallm_serve.errors import UserError
 from spallm_serve.layers import is_linear, weight_shape
 from spallm_serve.models import decoder_blocks
@@ -177,21 +178,8 @@ def attach(model: PreTrainedModel, adapter: Adapter) -> None:
             another shape, out of range or given twice; the model is as it was then.
     """
     config = expect_kind(adapter, SmtConfig, "blocks cannot be attached")
-    modules = adapter.modules(BLOCKS)
-    expected = {name + ending for name in modules for ending in (BLOCKS, BLOCK_INDEX)}
-    if set(adapter.tensors) != expected:
-        odd = sorted(expected ^ set(adapter.tensors))
-        raise UserError(
-            f"{odd[0]}: each module needs {BLOCKS} and {BLOCK_INDEX}, and there can be nothing else"
-        )
-    indices = {name: adapter.tensors[name + BLOCK_INDEX] for name in modules}
-    for name, index in indices.items():
-        blocks, wanted = adapter.tensors[name + BLOCKS], [len(index), *[config.block_size] * 2]
-        if list(blocks.shape) != wanted or not blocks.is_floating_point():
-            raise UserError(
-                f"{name}{BLOCKS}: expected floating point {wanted}, got "
-                f"{str(blocks.dtype).removeprefix('torch.')} {list(blocks.shape)}"
-            )
+    check_structure(adapter)
+    indices = {name: adapter.tensors[name + BLOCK_INDEX] for name in adapter.modules(BLOCKS)}
     for name, layer in _insert(model, indices, config.block_size).items():
         layer.blocks.requires_grad_(False).copy_(adapter.tensors[name + BLOCKS])
 

@@ -9,16 +9,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from spallm_serve.adapter import (
-    BLOCK_INDEX,
-    BLOCKS,
-    CONFIG_FILE,
-    LORA_PREFIX,
-    TENSOR_FILE,
-    Adapter,
-    SmtConfig,
-    expect_kind,
-)
+from spallm_serve.adapter import BLOCK_INDEX, BLOCKS, LORA_PREFIX, Adapter, SmtConfig, expect_kind
+from spallm_serve.adapter_files import CONFIG_FILE, TENSOR_FILE
 from spallm_serve.errors import UserError
 from spallm_serve.layers import weight_shape
 from spallm_serve.trainer.smt.layers import check_block_index

@@ -64,7 +64,8 @@ class DenseReference:
     @torch.no_grad()
     def _predictions(self, batch: Batch) -> Tensor:
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        logits: Tensor = self._model(**inputs).logits
+        # Without a cache, or packed rows would not be kept apart.
+        logits: Tensor = self._model(**inputs, use_cache=False).logits
         outputs = dense_tokens(batch["labels"]).flatten().nonzero().squeeze(1)
         outputs = outputs[:: -(-len(outputs) // _COMPARED_TOKENS) or 1]
         return logits.flatten(0, 1)[outputs].float().log_softmax(-1)

@@ -221,7 +221,10 @@ def test_killed_and_taken_up(sketched_base: Path, rows: Path, tmp_path: Path) ->
         if name == "killed":
             process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
             unfinished = tmp_path / name / ".unfinished"
-            while process.poll() is None and not list(unfinished.glob("checkpoint-*/complete")):
+            deadline = time.monotonic() + 200
+            while not list(unfinished.glob("checkpoint-*/complete")):
+                assert process.poll() is None
+                assert time.monotonic() < deadline
                 time.sleep(0.02)
             process.send_signal(signal.SIGKILL)
             process.wait()

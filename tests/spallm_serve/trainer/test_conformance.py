@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from spallm_serve.adapted import apply_adapter
-from spallm_serve.adapter import Adapter, adapter_digest, read_adapter, write_adapter
+from spallm_serve.adapter import Adapter, adapter_digest
+from spallm_serve.adapter_files import read_adapter, write_adapter
 from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.models import load_model

@@ -190,6 +190,7 @@ def test_adapters_that_do_not_fit_change_nothing(sketched_base: Path) -> None:
         {name + TABLES: good[:2], name + ROWS: torch.tensor([-1, 1]).int()},
         {name + TABLES: good[:2], name + ROWS: torch.tensor([1, len(good)]).int()},
         {name + TABLES: good[:2], name + ROWS: torch.tensor([1.0, 2.0])},
+        {name + TABLES: good[:2], name + ROWS: torch.tensor(1).int()},
         {name + TABLES: good, "model.layers.1.mlp.up_proj" + ROWS: torch.tensor([1]).int()},
         {name + TABLES: good, norm: torch.zeros(3)},
         {name + TABLES: good, "lm_head.weight": torch.zeros(3)},

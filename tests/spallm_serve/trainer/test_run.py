@@ -15,7 +15,8 @@ from rich.console import Console
 from torch import Tensor
 
 from spallm_serve.adapted import apply_adapter
-from spallm_serve.adapter import adapter_digest, read_adapter
+from spallm_serve.adapter import adapter_digest
+from spallm_serve.adapter_files import read_adapter
 from spallm_serve.batches import ExampleStream, collate
 from spallm_serve.models import load_model, load_tokenizer
 from spallm_serve.trainer.model import LossModel

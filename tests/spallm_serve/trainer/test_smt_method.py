@@ -14,7 +14,8 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from spallm_serve.adapter import Adapter, LutConfig, SmtConfig, read_adapter, write_adapter
+from spallm_serve.adapter import Adapter, LutConfig, SmtConfig
+from spallm_serve.adapter_files import read_adapter, write_adapter
 from spallm_serve.errors import UserError
 from spallm_serve.layers import is_linear, weight_shape
 from spallm_serve.models import decoder_blocks
@@ -367,29 +368,33 @@ def adapter_of(tensors: dict[str, Tensor]) -> Adapter:
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {
     "no such module": (
         {
-            "model.layers.9.q_proj.blocks": torch.ones(1, SIZE, SIZE),
+            "model.layers.9.q_proj.blocks": torch.ones(1, SIZE, SIZE).half(),
             "model.layers.9.q_proj.block_index": torch.zeros(1, 2, dtype=torch.int32),
         },
         r"model\.layers\.9\.q_proj: the model has no such linear layer",
     ),
     "not a linear": (
         {
-            "model.norm.blocks": torch.ones(1, SIZE, SIZE),
+            "model.norm.blocks": torch.ones(1, SIZE, SIZE).half(),
             "model.norm.block_index": torch.zeros(1, 2, dtype=torch.int32),
         },
         r"model\.norm: .* no such linear layer",
     ),
-    "no index": ({f"{V}.block_index": torch.empty(0)}, r"v_proj\.block_index: each module needs"),
-    "no blocks": ({f"{V}.blocks": torch.empty(0)}, r"v_proj\.block_index: each module needs"),
-    "something else": ({f"{V}.tables": torch.ones(1)}, r"v_proj\.tables: .*nothing else"),
+    "no index": ({f"{V}.block_index": torch.empty(0)}, r"v_proj: needs both"),
+    "no blocks": ({f"{V}.blocks": torch.empty(0)}, r"v_proj: needs both"),
+    "something else": ({f"{V}.tables": torch.ones(1)}, r"v_proj\.tables: neither"),
     "another size": (
-        {f"{V}.blocks": torch.ones(2, 8, 8)},
-        r"expected .*\[2, 10, 10\].*\[2, 8, 8\]",
+        {f"{V}.blocks": torch.ones(2, 8, 8).half()},
+        r"\[2, 8, 8\] blocks .* block size 10",
     ),
-    "another count": ({f"{V}.blocks": torch.ones(3, SIZE, SIZE)}, r"\[2, 10, 10\].*\[3, 10, 10\]"),
-    "integers": ({f"{V}.blocks": torch.ones(2, SIZE, SIZE).int()}, "floating point .* got int32"),
+    "another count": (
+        {f"{V}.blocks": torch.ones(3, SIZE, SIZE).half()},
+        r"\[3, 10, 10\] blocks and \[2, 2\] positions",
+    ),
+    "integers": ({f"{V}.blocks": torch.ones(2, SIZE, SIZE).int()}, "expected float16 .* got int32"),
     "out of range": ({f"{V}.block_index": torch.tensor([[0, 0], [2, 0]]).int()}, r"\(2, 0\)"),
     "twice": ({f"{V}.block_index": torch.tensor([[0, 1], [0, 1]]).int()}, "given twice"),
+    "a single number": ({f"{V}.block_index": torch.tensor(1).int()}, "of 2 dimensions"),
     "int64": ({f"{V}.block_index": torch.tensor([[0, 1], [0, 0]])}, "expected int32"),
 }
 

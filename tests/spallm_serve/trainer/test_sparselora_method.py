@@ -14,14 +14,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from spallm_serve.adapter import (
-    CONFIG_FILE,
-    LoraConfig,
-    expect_kind,
-    lora_modules,
-    read_adapter,
-    write_adapter,
-)
+from spallm_serve.adapter import LoraConfig, expect_kind, lora_modules
+from spallm_serve.adapter_files import CONFIG_FILE, read_adapter, write_adapter
 from spallm_serve.checkpoint import ESTIMATOR_FILE
 from spallm_serve.errors import UserError
 from spallm_serve.trainer.method import WarmUp

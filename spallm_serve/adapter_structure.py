@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import torch
 from torch import Tensor
 
@@ -14,39 +12,22 @@ from spallm_serve.adapter import (
     LORA_B,
     LORA_PREFIX,
     ROWS,
-    TENSOR_FILE,
     Adapter,
     LoraConfig,
     LutConfig,
     SmtConfig,
-    read_adapter,
 )
 from spallm_serve.checkpoint import TABLES
 from spallm_serve.errors import UserError
 from spallm_serve.kernels.packing import SUPPORTED_BITS
 
-# All is read into memory. Tables of every row of a 70B model, 4 bits and 8 groups, take 1.7 GB.
-MAX_TENSOR_BYTES = 8 << 30
 
-
-def read_checked(directory: Path) -> Adapter:
-    """An adapter that holds what its kind needs, all finite, and nothing else.
+def check_structure(adapter: Adapter) -> None:
+    """Refuse an adapter that does not hold exactly what its kind needs, in the format's dtypes.
 
     Raises:
-        UserError: not an adapter, damaged, too large, or not made as its kind says.
+        UserError: names the tensor, what it is and what was expected.
     """
-    path = directory / TENSOR_FILE
-    if path.is_file() and path.stat().st_size > MAX_TENSOR_BYTES:
-        raise UserError(f"{path}: larger than {MAX_TENSOR_BYTES >> 30} GiB, no adapter is")
-    adapter = read_adapter(directory)
-    try:
-        _check(adapter)
-    except UserError as error:
-        raise UserError(f"{directory}: {error}") from error
-    return adapter
-
-
-def _check(adapter: Adapter) -> None:
     if isinstance(adapter.config, LutConfig):
         _check_lut(adapter)
     elif isinstance(adapter.config, SmtConfig):
