@@ -15,7 +15,7 @@ QUESTION = "What is the capital of France?"
 _ANSWER_TOKENS = 40
 # At 4 bits the tables of a model this small learn a manner in a few dozen steps.
 _OPTIONS = (
-    "--batch-size", "8", "--accumulation", "1", "--max-length", "96", "--lr", "2e-3",
+    "--batch-size", "8", "--accumulation", "1", "--max-length", "96", "--lr", "1e-3",
 )  # fmt: skip
 
 
