@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 from spallm_serve.benchmarks.model import write_random_llama
+from spallm_serve.benchmarks.peak_memory import peak_rss
 from spallm_serve.benchmarks.records import Record
 
 _MIB = 1 << 20
@@ -31,7 +29,10 @@ def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> Iterato
         source = scratch / f"llama-{blocks}"
         if not source.exists():
             write_random_llama(source, blocks)
-        peak = _peak_rss(source, scratch / f"llama-{blocks}-out", bits)
+        output = scratch / f"llama-{blocks}-out"
+        peak = peak_rss(
+            compress_on_random_tokens, source=str(source), output=str(output), bits=bits
+        )
         embeddings = 2 * 32000 * 2048 * 2
         block = 2 * (2 * 2048 * 2048 + 2 * 256 * 2048 + 3 * 5632 * 2048)
         activations = 2 * _SAMPLES * _SEQLEN * 2048
@@ -51,23 +52,7 @@ def memory_records(scratch: Path, depths: tuple[int, ...], bits: int) -> Iterato
         )
 
 
-def _peak_rss(source: Path, output: Path, bits: int) -> int:
-    """Largest resident set, in bytes, of compressing in a fresh process; file pages included."""
-    program = (
-        "import sys, torch; from pathlib import Path;"
-        "from spallm_serve.benchmarks.memory import compress_on_random_tokens as run;"
-        "run(Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3]))"
-    )
-    command = [sys.executable, "-c", program, str(source), str(output), str(bits)]
-    child = subprocess.Popen(command)
-    _, status, usage = os.wait4(child.pid, 0)
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise RuntimeError(f"compressing {source.name} failed with code {child.returncode}")
-    return usage.ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def compress_on_random_tokens(source: Path, output: Path, bits: int) -> None:
+def compress_on_random_tokens(source: str, output: str, bits: int) -> None:
     """Compress a model without a tokenizer: its calibration tokens are put in place first."""
     import torch
 
@@ -79,9 +64,9 @@ def compress_on_random_tokens(source: Path, output: Path, bits: int) -> None:
     settings = CompressSettings.model_validate(
         {"bits": bits, "samples": _SAMPLES, "seqlen": _SEQLEN}
     )
-    run = RunDirectory(output)
+    run = RunDirectory(Path(output))
     run.path.mkdir(parents=True)
-    run.claim(fingerprint(settings, source))
+    run.claim(fingerprint(settings, Path(source)))
     tokens = torch.randint(3, 32000, (_SAMPLES, _SEQLEN), generator=torch.manual_seed(0))
     run.save(TOKENS_FILE, {"tokens": tokens})
-    compress(str(source), output, settings, SilentObserver())
+    compress(source, Path(output), settings, SilentObserver())

@@ -75,3 +75,42 @@ def _points(records: list[Record], bits: int, mixed: bool) -> list[tuple[int, fl
     return [
         (tokens, ratio) for tokens, (tenants, ratio) in best.items() if not mixed or tenants > 1
     ]
+
+
+_STEP_METRICS = {
+    "step_s": "time",
+    "kept_activation_bytes": "kept activations",
+    "flops": "operations",
+}
+
+
+def plot_training(found: BenchmarkResults, path: Path) -> None:
+    """A step's time, kept activations and operations as shares of LoRA's, a group a variant."""
+    from matplotlib.figure import Figure
+
+    variants = list(dict.fromkeys(str(record.case["variant"]) for record in found.records))
+    figure = Figure(figsize=(2 + 2.4 * len(variants), 3.6), layout="constrained")
+    panel = figure.subplots()
+    width = 0.8 / len(_STEP_METRICS)
+    for place, (metric, label) in enumerate(_STEP_METRICS.items()):
+        shares = {
+            str(record.case["variant"]): record.ours / record.peer
+            for record in found.records
+            if record.metric == metric and record.ours is not None and record.peer
+        }
+        at = [number + (place - 1) * width for number in range(len(variants))]
+        bars = panel.bar(
+            at, [shares[name] for name in variants], width, label=label,
+            color=list(_COLOURS.values())[place],
+        )  # fmt: skip
+        panel.bar_label(bars, fmt="%.2f", fontsize=8)
+    panel.axhline(1, color="#888888", linewidth=0.8)
+    panel.set_xticks(range(len(variants)), variants, fontsize=8)
+    panel.set_ylabel("share of LoRA's", fontsize=8)
+    panel.legend(fontsize=8, frameon=False, loc="upper left", bbox_to_anchor=(1, 1))
+    panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"A training step against PEFT's LoRA, rank 16; {found.machine['threads']} CPU threads"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -15,10 +16,11 @@ from torch import Tensor, nn
 from spallm_serve.batches import ExampleStream, collate
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.timing import Timing, interleaved
-from spallm_serve.benchmarks.tuning import METHODS
+from spallm_serve.benchmarks.tuning import METHODS, parse_run, together
 from spallm_serve.compressor.observer import SilentObserver
 from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.settings import parse_settings
+from spallm_serve.errors import UserError
 from spallm_serve.models import load_model
 from spallm_serve.trainer.flops import counted_flops
 from spallm_serve.trainer.method import Batch, Method, WarmUp
@@ -49,7 +51,9 @@ class Variant:
 
 
 @dataclass
-class _Prepared:
+class Prepared:
+    """A method in a model, with its optimizer, stepping over some batches in turn."""
+
     model: LossModel
     method: Method
     trained: dict[str, nn.Parameter]
@@ -71,6 +75,18 @@ class _Prepared:
         self.optimizer.zero_grad()
 
 
+def parse_variant(text: str, parse_pairs: Any) -> Variant:
+    """A variant written as for :func:`~spallm_serve.benchmarks.tuning.parse_run`.
+
+    Raises:
+        UserError: written otherwise, or a base that is told more than its bits.
+    """
+    run = parse_run(text, parse_pairs)
+    if run.base is not None and run.base.keys() != {"bits"}:
+        raise UserError(f"--variant {text!r}: expected dense or bits=N as the base")
+    return Variant(text, run.method, None if run.base is None else run.base["bits"], run.settings)
+
+
 def training_records(
     model_dir: Path,
     batches: list[Batch],
@@ -86,14 +102,20 @@ def training_records(
         model_dir: the original.
         batches: see :func:`real_batches`.
         variants: what to measure.
-        scratch: for compressed bases and estimators.
+        scratch: for compressed bases.
         dtype: of the activations.
         seconds: for all timed steps together.
     """
     console = Console(stderr=True)
     peer = Variant(PEER, PEER, None, {})
     prepared = {
-        variant.name: _prepare(model_dir, variant, batches, scratch, dtype)
+        variant.name: prepare(
+            _base(model_dir, variant.bits, scratch),
+            variant.method,
+            variant.settings,
+            batches,
+            dtype,
+        )
         for variant in (peer, *variants)
     }
     times = interleaved({name: each.step for name, each in prepared.items()}, seconds)
@@ -131,10 +153,10 @@ def real_batches(
         data: JSONL, or a list of rows.
         tokenizer: any; ids beyond the vocabulary are wrapped, for models that have no tokenizer.
         vocabulary: of the model.
-        count, rows, length: batches, rows in each, tokens in a row at most.
+        count, rows, length: batches at most, rows in each, tokens in a row at most.
     """
-    stream = iter(ExampleStream(data, tokenizer, length))
-    batches = [collate(list(islice(stream, rows)), 0) for _ in range(count)]
+    taken = list(islice(ExampleStream(data, tokenizer, length), count * rows))
+    batches = [collate(taken[at : at + rows], 0) for at in range(0, len(taken), rows)]
     for batch in batches:
         batch["input_ids"] %= vocabulary
         batch["labels"] = torch.where(batch["labels"] < 0, batch["labels"], batch["input_ids"])
@@ -165,28 +187,48 @@ def kept_bytes(function: Callable[[], object], model: nn.Module) -> int:
     return sum(held.values())
 
 
-def _prepare(
-    model_dir: Path, variant: Variant, batches: list[Batch], scratch: Path, dtype: torch.dtype
-) -> _Prepared:
-    base = model_dir
-    if variant.bits is not None:
-        base = scratch / f"base-{variant.bits}"
-        if not (base / "config.json").is_file():
-            # How fast a step is does not depend on how well the base was calibrated.
-            settings = parse_settings({"bits": variant.bits, "samples": 2, "seqlen": 64})
-            compress(str(model_dir), base, settings, SilentObserver())
-    told = METHODS[variant.method] | variant.settings
-    method = make_method(
-        parse_train_settings(told | {"base": str(base), "data": "none"}), base, scratch
-    )
-    lm = load_model(base, dtype)
-    freeze(lm)
-    model = LossModel(lm)
-    warm_up = WarmUp(iter(batches[: method.warm_up_batches]), lambda batch: model(**batch)["loss"])
-    trained = method.prepare(lm, method.select(lm, warm_up))
+def prepare(
+    base: Path,
+    method_name: str,
+    settings: dict[str, Any],
+    batches: list[Batch],
+    dtype: torch.dtype,
+) -> Prepared:
+    """A method on a base, ready to step.
+
+    Args:
+        base: a model directory.
+        method_name: a key of ``tuning.METHODS``.
+        settings: the trainer's.
+        batches: to step over in turn, and to choose by.
+        dtype: of the activations.
+    """
+    told = together(METHODS[method_name], settings)
+    with tempfile.TemporaryDirectory() as cache:
+        method = make_method(
+            parse_train_settings(told | {"base": str(base), "data": "none"}), base, Path(cache)
+        )
+        lm = load_model(base, dtype)
+        freeze(lm)
+        model = LossModel(lm)
+        warm_up = WarmUp(
+            iter(batches[: method.warm_up_batches]), lambda batch: model(**batch)["loss"]
+        )
+        trained = method.prepare(lm, method.select(lm, warm_up))
     model.train()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
-    return _Prepared(model, method, trained, optimizer, batches)
+    return Prepared(model, method, trained, optimizer, batches)
+
+
+def _base(model_dir: Path, bits: int | None, scratch: Path) -> Path:
+    if bits is None:
+        return model_dir
+    base = scratch / f"base-{bits}"
+    if not (base / "config.json").is_file():
+        # How fast a step is does not depend on how well the base was calibrated.
+        settings = parse_settings({"bits": bits, "samples": 2, "seqlen": 64})
+        compress(str(model_dir), base, settings, SilentObserver())
+    return base
 
 
 def _time_record(case: dict[str, Any], ours: Timing, peer: Timing) -> Record:

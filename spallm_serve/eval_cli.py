@@ -105,9 +105,9 @@ def choice(
 ) -> None:
     """Accuracy on multiple-choice questions, by the likelihood of each option."""
     with user_errors(), _opened(model, adapter) as (loaded, tokenizer):
-        from spallm_serve.evaluation import accuracy
+        from spallm_serve.choices import accuracy, read_questions
 
-        questions = _read_questions(data)[:limit]
+        questions = read_questions(data)[:limit]
         with _progress("questions", len(questions)) as step:
             found = accuracy(loaded, tokenizer, questions, step)
         _show({"accuracy": found}, {"questions": len(questions)}, as_json)
@@ -168,31 +168,6 @@ def _windows(
             "embeddings; tokenizer and model do not belong together"
         )
     return windows
-
-
-def _read_questions(path: Path) -> list[Any]:
-    from spallm_serve.evaluation import parse_question
-
-    try:
-        raw = path.read_text(encoding="utf-8")
-        entries = (
-            [json.loads(line) for line in raw.split("\n") if line.strip()]
-            if path.suffix == ".jsonl"
-            else json.loads(raw)
-        )
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: not JSON ({error})") from error
-    if not isinstance(entries, list) or not entries:
-        raise UserError(f"{path}: expected a list of questions, and at least one")
-    questions = []
-    for number, entry in enumerate(entries, start=1):
-        try:
-            questions.append(parse_question(entry))
-        except ValueError as error:
-            raise UserError(f"{path}: question {number}: {error}") from error
-    return questions
 
 
 @contextmanager

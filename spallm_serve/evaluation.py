@@ -1,4 +1,4 @@
-"""Perplexity, divergence from another model and multiple choice, each with a standard error.
+"""Perplexity, loss, divergence from another model, each with a standard error; answers.
 
 Tokens of one window are correlated, so windows are what is counted as independent: a standard error
 is that of the mean over windows.
@@ -7,10 +7,8 @@ is that of the mean over windows.
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import chain
 
 import torch
 from torch import Tensor, nn
@@ -130,6 +128,25 @@ def compare(
     )
 
 
+def token_loss_estimate(sums: Tensor, counts: Tensor) -> Estimate:
+    """Mean loss of a token over independent examples of several tokens each.
+
+    Args:
+        sums: loss of each example's tokens, ``[n]``.
+        counts: how many tokens each has, ``[n]``.
+
+    Returns:
+        All losses over all tokens; its error is a ratio's, by the delta method.
+    """
+    sums, counts = sums.double(), counts.double()
+    mean = float(sums.sum() / counts.sum())
+    number = len(sums)
+    if number < 2:
+        return Estimate(mean, math.nan)
+    deviation = (sums - mean * counts).square().sum() * number / (number - 1)
+    return Estimate(mean, float(deviation.sqrt() / counts.sum()))
+
+
 def window_loss(log_probabilities: Tensor, window: Tensor) -> Tensor:
     """Mean negative log likelihood of a window's tokens but the first, in nats.
 
@@ -144,78 +161,6 @@ def _log_probabilities(model: nn.Module, window: Tensor) -> Tensor:
     """float32 ``[seqlen - 1, vocabulary]``: what was predicted for each token but the first."""
     logits = model(input_ids=window, use_cache=False).logits
     return F.log_softmax(logits[0, :-1].float(), dim=-1)
-
-
-@dataclass(frozen=True)
-class Question:
-    """A multiple-choice question.
-
-    Attributes:
-        prompt: the instruction.
-        options: the answers to choose from, as the prompt names them.
-        answer: position of the right one.
-    """
-
-    prompt: str
-    options: tuple[str, ...]
-    answer: int
-
-
-def parse_question(entry: object) -> Question:
-    """A question in the LLM-Adapters format: ``instruction`` ends in ``Answer format: a/b/c``.
-
-    Raises:
-        ValueError: a field is missing, no answer format, or an answer that is none of the options.
-    """
-    if not isinstance(entry, dict):
-        raise ValueError("expected an object")
-    instruction, answer = entry.get("instruction"), entry.get("answer")
-    if not isinstance(instruction, str) or not isinstance(answer, str):
-        raise ValueError('expected the fields "instruction" and "answer"')
-    found = re.search(r"Answer format:\s*(\S+)\s*$", instruction)
-    if found is None:
-        raise ValueError('the instruction does not end in "Answer format: a/b/..."')
-    options = tuple(found.group(1).split("/"))
-    if answer not in options:
-        raise ValueError(f"answer {answer!r} is none of {'/'.join(options)}")
-    text = instruction if not entry.get("input") else f"{instruction}\n{entry['input']}"
-    return Question(text, options, options.index(answer))
-
-
-@torch.no_grad()
-def choose(model: nn.Module, tokenizer: PreTrainedTokenizerBase, question: Question) -> int:
-    """The option that is likeliest as the model's answer ``the correct answer is OPTION``.
-
-    The mean log likelihood of the option's tokens decides, so that longer names are not at a
-    disadvantage.
-    """
-    prompt = _answer_prompt(tokenizer, question.prompt)
-    start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
-    # A compressed model may have no parameter, another one no buffer.
-    device = next(chain(model.parameters(), model.buffers())).device
-    scores = []
-    for option in question.options:
-        whole = tokenizer(f"{prompt} {option}", add_special_tokens=False)["input_ids"]
-        shared = _shared_prefix(start, whole)
-        window = torch.tensor([whole], device=device)
-        likelihood = _log_probabilities(model, window)[shared - 1 :]
-        scores.append(-F.nll_loss(likelihood, window[0, shared:]))
-    return int(torch.stack(scores).argmax())
-
-
-def accuracy(
-    model: nn.Module,
-    tokenizer: PreTrainedTokenizerBase,
-    questions: Iterable[Question],
-    on_question: Callable[[int], None] | None = None,
-) -> Estimate:
-    """Share of questions answered right (see :func:`choose`)."""
-    right = []
-    for number, question in enumerate(questions, start=1):
-        right.append(float(choose(model, tokenizer, question) == question.answer))
-        if on_question is not None:
-            on_question(number)
-    return mean_estimate(torch.tensor(right))
 
 
 @torch.no_grad()
@@ -241,23 +186,3 @@ def answer(
     written = model.generate(**given, max_new_tokens=tokens, do_sample=False)  # type: ignore[operator]
     start = given["input_ids"].shape[1]
     return str(tokenizer.decode(written[0, start:], skip_special_tokens=True)).strip()
-
-
-def _answer_prompt(tokenizer: PreTrainedTokenizerBase, instruction: str) -> str:
-    opening = "the correct answer is"
-    if tokenizer.chat_template is None:
-        return f"{instruction}\n\n{opening}"
-    chat = tokenizer.apply_chat_template(
-        [{"role": "user", "content": instruction}], tokenize=False, add_generation_prompt=True
-    )
-    return f"{chat}{opening}"
-
-
-def _shared_prefix(first: list[int], second: list[int]) -> int:
-    """How many leading tokens two texts share: a tokenizer may merge across the border."""
-    count = 0
-    for a, b in zip(first, second, strict=False):
-        if a != b:
-            break
-        count += 1
-    return count

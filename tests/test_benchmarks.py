@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,15 +14,18 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 from spallm_serve.benchmarks import kernels
-from spallm_serve.benchmarks.cli import _variant, app
+from spallm_serve.benchmarks.cli import app
+from spallm_serve.benchmarks.command import parse_pairs
 from spallm_serve.benchmarks.lloyd import lloyd_records
 from spallm_serve.benchmarks.model import write_random_llama
+from spallm_serve.benchmarks.peak_memory import peak_rss
 from spallm_serve.benchmarks.quality import RememberedLogits, chosen_peers
 from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
 from spallm_serve.benchmarks.resume import directory_digest
 from spallm_serve.benchmarks.timing import allocated_bytes
 from spallm_serve.benchmarks.training import kept_bytes
-from spallm_serve.benchmarks.tuning import TuningRun, parse_run
+from spallm_serve.benchmarks.training_memory import train_on_random_tokens
+from spallm_serve.benchmarks.tuning import METHODS, TuningRun, parse_run, together
 from spallm_serve.errors import UserError
 from spallm_serve.evaluation import compare
 from spallm_serve.models import open_source, skeleton
@@ -167,7 +172,7 @@ def test_a_stopped_quality_run_goes_on(tmp_path: Path, monkeypatch: pytest.Monke
                 raise UserError("stopped")
 
     monkeypatch.setattr("spallm_serve.benchmarks.quality.quality_records", measured)
-    monkeypatch.setattr("spallm_serve.benchmarks.cli._model_dir", lambda model, folder: folder)
+    monkeypatch.setattr("spallm_serve.benchmarks.cli.model_directory", lambda model, folder: folder)
     command = ["quality", "--calibration", "c.txt", "--text", "t.txt", "--json", str(path)]
 
     def run(*arguments: str) -> int:
@@ -196,10 +201,110 @@ def test_kept_bytes_are_those_of_the_activations() -> None:
 
 
 def test_runs_are_read_as_written() -> None:
-    run = parse_run('lut/bits=2/learning_rate=0.003,lut={"rows": 0.5}', _variant)
+    run = parse_run("lut/bits=2/learning_rate=0.003,lut.rows=0.5", parse_pairs)
     assert (run.method, run.base) == ("lut", {"bits": 2})
     assert run.settings == {"learning_rate": 0.003, "lut": {"rows": 0.5}}
-    assert parse_run("lora/dense", _variant) == TuningRun("lora", None, {})
+    assert parse_run("lora/dense", parse_pairs) == TuningRun("lora", None, {})
     for wrong in ("lut", "magic/dense", "lut/bits=2/a=1/b=2", "lut/bits"):
         with pytest.raises(UserError):
-            parse_run(wrong, _variant)
+            parse_run(wrong, parse_pairs)
+    lora = together(METHODS["lora"], {"sparselora": {"rank": 4}})
+    assert lora == {"method": "sparselora", "sparselora": {"rank": 4, "sparsity": "none"}}
+
+
+def rows_file(path: Path, count: int = 12) -> Path:
+    """Rows to learn that are questions, too."""
+    path.parent.mkdir(exist_ok=True)
+    rows = [
+        {
+            "instruction": f"Is {number} even?\n\nAnswer format: true/false",
+            "output": f"the correct answer is {(answer := str(number % 2 == 0).lower())}",
+            "answer": answer,
+        }
+        for number in range(count)
+    ]
+    path.write_text(json.dumps(rows))
+    return path
+
+
+def tiny_llama(directory: Path) -> Path:
+    return save_tokenizer(save_tiny("llama", directory))
+
+
+def test_tuning_benchmark_judges_methods_and_controls_before_and_after(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    rows = rows_file(tmp_path / "even" / "rows.json")
+    text = tmp_path / "text.txt"
+    text.write_text("true is not false and seven is odd. " * 60)
+    found = tmp_path / "found.json"
+    command = ["tuning", "--data", str(rows), "--data", str(rows_file(tmp_path / "b.json", 3))]
+    command += ["--text", str(text), "--held-out", str(rows), "--questions", str(rows)]
+    command += ["--rows", "5", "--limit", "4", "--windows", "2", "--steps", "2", "--seeds", "2"]
+    command += ["--settings", "max_length=64,batch_size=2,accumulation=1"]
+    command += ["--run", "lut/bits=2,samples=2,seqlen=16/learning_rate=0.02", "--run", "lora/dense"]
+    command += ["--model", str(model), "--json", str(found), "--scratch", str(tmp_path / "scratch")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    records = BenchmarkResults.model_validate_json(found.read_text()).records
+    assert [(r.case["method"], r.case["seed"]) for r in records[::3]] == [
+        ("lut", 0), ("lora", 0), ("lut", 1), ("lora", 1),
+    ]  # fmt: skip
+    assert [(r.metric, r.case["on"], r.better) for r in records[:3]] == [
+        ("perplexity", "text.txt", "lower"),
+        ("held_out_loss", "rows.json", "lower"),
+        ("accuracy", "even", "higher"),
+    ]
+    for record in records:
+        controls = record.case["method"] == "lora"
+        assert (record.ours is None) == controls
+        value = record.peer if controls else record.ours
+        if record.metric == "held_out_loss":
+            assert value != record.case["before"]
+            assert value == pytest.approx(record.case["before"], rel=0.5)
+    by_seed = [r.ours for r in records if r.metric == "held_out_loss" and r.ours is not None]
+    assert by_seed[0] != by_seed[1]
+    nothing = CliRunner().invoke(app, ["tuning", "--data", str(rows), "--run", "lora/dense"])
+    assert nothing.exit_code == 2
+    assert "--held-out" in nothing.output
+
+
+def test_training_benchmark_compares_steps_with_loras(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model = tiny_llama(tmp_path / "model")
+    monkeypatch.setattr(
+        "spallm_serve.benchmarks.training_cli.model_directory", lambda name, folder: model
+    )
+    found = tmp_path / "found.json"
+    command = ["training", "--data", str(rows_file(tmp_path / "rows.json")), "--seconds", "0"]
+    command += ["--variant", "smt/dense/smt.blocks=2,smt.block_size=16", "--variant", "lut/bits=2"]
+    command += ["--json", str(found), "--plot", str(tmp_path / "found.png")]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    records = BenchmarkResults.model_validate_json(found.read_text()).records
+    assert [r.metric for r in records] == ["step_s", "kept_activation_bytes", "flops"] * 2
+    assert [r.case["base"] for r in records[::3]] == ["dense", "2 bits"]
+    assert records[0].case["parameters"] == 2 * 16 * 16
+    assert all(r.ours and r.peer and r.ratio == round(r.peer / r.ours, 3) for r in records)
+    assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
+    wrong = ["training", "--data", "x", "--variant", "lut/bits=2,groups_per_row=2"]
+    assert CliRunner().invoke(app, wrong).exit_code == 2
+
+
+def test_peak_memory_is_that_of_the_whole_process() -> None:
+    small, large = (peak_rss(hold_bytes, count=count) for count in (1, 200_000_000))
+    assert 150_000_000 < large - small < 250_000_000
+    with pytest.raises(RuntimeError, match="hold_bytes"):
+        peak_rss(hold_bytes, size=1)
+
+
+def hold_bytes(count: int) -> None:
+    bytearray(b"a") * count
+
+
+def test_training_memory_trains_on_random_tokens(tmp_path: Path) -> None:
+    """The step itself; a random Llama of the benchmark's width takes a minute."""
+    config = copy.deepcopy(CONFIGS["llama"])
+    config.vocab_size = 32000
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    train_on_random_tokens(str(tmp_path), "lora", {}, rows=1, length=16)
