@@ -22,11 +22,13 @@ from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.settings import parse_settings
 from spallm_serve.errors import UserError
 from spallm_serve.models import load_model
-from spallm_serve.trainer.flops import counted_flops
+from spallm_serve.trainer.flops import BlockShape, block_shape, counted_flops, frozen_flops
 from spallm_serve.trainer.method import Batch, Method, WarmUp
 from spallm_serve.trainer.model import LossModel, freeze
 from spallm_serve.trainer.run import make_method
 from spallm_serve.trainer.settings import parse_train_settings
+from spallm_serve.trainer.sparselora.layers import SparseAttention, SparseMlp
+from spallm_serve.trainer.sparselora.tokens import SCORED_TOKENS
 
 PEER = "lora"
 # Sparse from the first step, or the first ones would be timed dense.
@@ -59,7 +61,29 @@ class Prepared:
     trained: dict[str, nn.Parameter]
     optimizer: torch.optim.Optimizer
     batches: list[Batch]
+    shape: BlockShape | None
     turn: int = 0
+
+    def formula_flops(self) -> int | None:
+        """Operations of a step on the batch before, by formula; attention's are not counted."""
+        if self.shape is None:
+            return None
+        batch = self.batches[(self.turn - 1) % len(self.batches)]
+        config = self.model.config
+        layers, vocabulary = config.num_hidden_layers, config.vocab_size
+        frozen = frozen_flops(self.shape, layers, self.trained, batch, vocabulary)
+        return frozen + self.method.added_flops(batch)
+
+    def choosers(self) -> list[nn.Module]:
+        """The layers that choose channels by estimators."""
+        kinds = (SparseMlp, SparseAttention)
+        return [module for module in self.model.modules() if isinstance(module, kinds)]
+
+    def choose_channels(self) -> None:
+        """All that estimators do in a step."""
+        scored = torch.randn(SCORED_TOKENS, self.model.config.hidden_size)
+        for chooser in self.choosers():
+            chooser.choose(scored)  # type: ignore[operator]
 
     def backward(self) -> None:
         """Forward and backward pass over the next batch."""
@@ -121,6 +145,11 @@ def training_records(
     times = interleaved({name: each.step for name, each in prepared.items()}, seconds)
     kept = {name: kept_bytes(each.backward, each.model) for name, each in prepared.items()}
     flops = {name: counted_flops(each.backward) for name, each in prepared.items()}
+    choosing = {
+        name: interleaved({"choose": each.choose_channels}, seconds=1)["choose"].median
+        for name, each in prepared.items()
+        if each.choosers()
+    }
     tokens = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
     for variant in variants:
         ours = prepared[variant.name]
@@ -135,7 +164,13 @@ def training_records(
         }
         yield _time_record(case, times[variant.name], times[PEER])
         yield _record(case, "kept_activation_bytes", kept[variant.name], kept[PEER])
-        yield _record(case, "flops", flops[variant.name], flops[PEER])
+        yield _record(
+            case | {"by_formula": ours.formula_flops()},
+            "flops", flops[variant.name], flops[PEER],
+        )  # fmt: skip
+        if variant.name in choosing:
+            share = choosing[variant.name] / times[variant.name].median
+            yield Record(bench="training", case=case, metric="estimators_of_a_step", ours=share)
         share = times[variant.name].median / times[PEER].median
         console.print(
             f"{variant.name}: {share:.2f}x LoRA's time, "
@@ -210,6 +245,7 @@ def prepare(
         )
         lm = load_model(base, dtype)
         freeze(lm)
+        shape = block_shape(lm)
         model = LossModel(lm)
         warm_up = WarmUp(
             iter(batches[: method.warm_up_batches]), lambda batch: model(**batch)["loss"]
@@ -217,7 +253,7 @@ def prepare(
         trained = method.prepare(lm, method.select(lm, warm_up))
     model.train()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
-    return Prepared(model, method, trained, optimizer, batches)
+    return Prepared(model, method, trained, optimizer, batches, shape)
 
 
 def _base(model_dir: Path, bits: int | None, scratch: Path) -> Path:

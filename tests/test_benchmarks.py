@@ -278,14 +278,21 @@ def test_training_benchmark_compares_steps_with_loras(
     found = tmp_path / "found.json"
     command = ["training", "--data", str(rows_file(tmp_path / "rows.json")), "--seconds", "0"]
     command += ["--variant", "smt/dense/smt.blocks=2,smt.block_size=16", "--variant", "lut/bits=2"]
+    command += ["--variant", "sparselora/dense/sparselora.sparsity=o2"]
     command += ["--json", str(found), "--plot", str(tmp_path / "found.png")]
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     records = BenchmarkResults.model_validate_json(found.read_text()).records
-    assert [r.metric for r in records] == ["step_s", "kept_activation_bytes", "flops"] * 2
-    assert [r.case["base"] for r in records[::3]] == ["dense", "2 bits"]
+    shares = [r for r in records if r.metric == "estimators_of_a_step"]
+    assert [r.case["variant"].split("/")[0] for r in shares] == ["sparselora"]
+    assert 0 < shares[0].ours < 1
+    records = [r for r in records if r not in shares]
+    assert [r.metric for r in records] == ["step_s", "kept_activation_bytes", "flops"] * 3
+    assert [r.case["base"] for r in records[::3]] == ["dense", "2 bits", "dense"]
     assert records[0].case["parameters"] == 2 * 16 * 16
     assert all(r.ours and r.peer and r.ratio == round(r.peer / r.ours, 3) for r in records)
+    for record in records[2:6:3]:
+        assert record.ours == pytest.approx(record.case["by_formula"], rel=0.03)
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     wrong = ["training", "--data", "x", "--variant", "lut/bits=2,groups_per_row=2"]
     assert CliRunner().invoke(app, wrong).exit_code == 2

@@ -92,5 +92,15 @@ class Method(ABC):
         """
 
     @abstractmethod
+    def added_flops(self, batch: Batch) -> int:
+        """Operations of a step beside those of the frozen model, forward and backward, by formula.
+
+        Negative where a method leaves more out than it adds.
+
+        Args:
+            batch: see :meth:`on_batch`.
+        """
+
+    @abstractmethod
     def adapter(self, base_digest: str, base_name: str) -> Adapter:
         """What was trained so far, in the dtypes of an adapter file."""

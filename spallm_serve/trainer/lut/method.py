@@ -15,7 +15,7 @@ from spallm_serve.models import is_norm
 from spallm_serve.trainer.frozen import inputs_that_take_gradients
 from spallm_serve.trainer.lut.layers import TunedLinear, TunedRows
 from spallm_serve.trainer.lut.select import row_scores, top_rows
-from spallm_serve.trainer.method import Method, WarmUp
+from spallm_serve.trainer.method import Batch, Method, WarmUp
 from spallm_serve.trainer.norms import in_float32
 
 
@@ -92,6 +92,13 @@ class Lut(Method):
                     for leaf, parameter in in_float32(module).items():
                         self._norms[f"{name}.{leaf}"] = parameter
         return trained | self._norms
+
+    def added_flops(self, batch: Batch) -> int:
+        """The tables' gradients: a product as large as the layer's own, or as its chosen rows'."""
+        weights = sum(
+            tuned.tables.shape[0] * tuned.base.in_features for tuned in self._tuned.values()
+        )
+        return 2 * batch["labels"].numel() * weights
 
     def adapter(self, base_digest: str, base_name: str) -> Adapter:
         """The tables in float16 (see :meth:`Method.adapter`)."""

@@ -17,7 +17,8 @@ from spallm_serve.adapter_structure import check_structure
 from spallm_serve.errors import UserError
 from spallm_serve.layers import is_linear, weight_shape
 from spallm_serve.models import decoder_blocks
-from spallm_serve.trainer.method import Method, WarmUp
+from spallm_serve.trainer.flops import place
+from spallm_serve.trainer.method import Batch, Method, WarmUp
 from spallm_serve.trainer.smt.layers import SmtLinear, check_block_index, grid_shape
 from spallm_serve.trainer.smt.select import block_scores, blocks_in_share, select_blocks
 
@@ -143,6 +144,14 @@ class Smt(Method):
         self._layers = _insert(model, indices, self._settings.block_size)
         return {name + BLOCKS: layer.blocks for name, layer in self._layers.items()}
 
+    def added_flops(self, batch: Batch) -> int:
+        """Each block forward, its gradient, and its input's but for the lowest layers."""
+        lowest = min(place(name) for name in self._layers)
+        entries = sum(
+            _entries(layer, with_input=place(name) > lowest) for name, layer in self._layers.items()
+        )
+        return 2 * batch["labels"].numel() * entries
+
     def adapter(self, base_digest: str, base_name: str) -> Adapter:
         """See :meth:`Method.adapter`: float16 blocks and where they lie.
 
@@ -164,6 +173,14 @@ class Smt(Method):
             block_size=self._settings.block_size,
         )
         return Adapter(config, tensors)
+
+
+def _entries(layer: SmtLinear, with_input: bool) -> int:
+    """Multiplications a token takes in a layer's blocks; ragged ones are cut where they are."""
+    size = layer.block_size
+    corner = torch.tensor(weight_shape(layer.base)) - layer.block_index.cpu() * size
+    rows, columns = corner.clamp(max=size).sum(0).tolist()
+    return size * (rows + len(corner) * size + (columns if with_input else 0))
 
 
 def attach(model: PreTrainedModel, adapter: Adapter) -> None:

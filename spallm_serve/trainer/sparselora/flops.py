@@ -2,33 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-from torch import nn
-from transformers import PreTrainedModel
-
-from spallm_serve.models import decoder_blocks, is_norm
+from spallm_serve.trainer.flops import BlockShape
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 from spallm_serve.trainer.sparselora.select import kept_count, kept_pairs
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Widths of a decoder block.
-
-    Attributes:
-        hidden: D, of the residual stream.
-        queries: Q, channels of q_proj and inputs of o_proj; D in most models.
-        values: KV, channels of k_proj and of v_proj.
-        inner: F, channels of the MLP.
-        dense_queries: whether q and k are dense in a sparse attention (those that normalise them).
-    """
-
-    hidden: int
-    queries: int
-    values: int
-    inner: int
-    dense_queries: bool = False
 
 
 def base_flops(shape: BlockShape, mlp: float = 0.0, attention: float = 0.0) -> float:
@@ -84,21 +60,3 @@ def predicted_share(
     )
     sparse = (1 - context_share) * dense + context_share * context
     return start + (1 - start) * sparse / dense
-
-
-def block_shape(model: PreTrainedModel) -> BlockShape | None:
-    """The widths of a model's blocks; None where they are not built as SparseLoRA needs them."""
-    _, blocks = decoder_blocks(model)
-    block = blocks[0]
-    try:
-        query, value = (_widths(block, f"self_attn.{name}") for name in ("q_proj", "v_proj"))
-        gate = _widths(block, "mlp.gate_proj")
-    except AttributeError:
-        return None
-    norms = any(is_norm(module) for module in block.get_submodule("self_attn").children())
-    return BlockShape(query[0], query[1], value[1], gate[1], norms)
-
-
-def _widths(block: nn.Module, name: str) -> tuple[int, int]:
-    linear = block.get_submodule(name)
-    return int(linear.in_features), int(linear.out_features)  # type: ignore[arg-type]

@@ -11,11 +11,11 @@ from transformers import PreTrainedModel
 
 from spallm_serve.adapter import Adapter
 from spallm_serve.models import decoder_blocks
-from spallm_serve.trainer.flops import counted_flops
+from spallm_serve.trainer.flops import block_shape, counted_flops
 from spallm_serve.trainer.method import Batch, Method, Savings, WarmUp
 from spallm_serve.trainer.sparselora.blocks import Site, check_targets, find_sites
 from spallm_serve.trainer.sparselora.estimators import load_estimators
-from spallm_serve.trainer.sparselora.flops import block_shape
+from spallm_serve.trainer.sparselora.flops import base_flops
 from spallm_serve.trainer.sparselora.install import install
 from spallm_serve.trainer.sparselora.lora import LoraSet
 from spallm_serve.trainer.sparselora.plan import SparsityPlan, resolve_plan
@@ -23,7 +23,7 @@ from spallm_serve.trainer.sparselora.savings import predict_savings
 from spallm_serve.trainer.sparselora.select import Factors
 from spallm_serve.trainer.sparselora.sensitivity import sensitivity_plan
 from spallm_serve.trainer.sparselora.settings import MLP_LINEARS, SparseLoraSettings
-from spallm_serve.trainer.sparselora.tokens import CurrentBatch, split_batch
+from spallm_serve.trainer.sparselora.tokens import CurrentBatch, context_share, split_batch
 
 _SENSITIVITY_BATCHES = 1
 
@@ -100,6 +100,19 @@ class SparseLora(Method):
         if share_done >= self._settings.start and not self._plan.is_dense:
             here = {name: tensor.to(self._device) for name, tensor in batch.items()}
             self._current.split = split_batch(here)
+
+    def added_flops(self, batch: Batch) -> int:
+        """The LoRAs, less what a sparse step leaves out for context; estimators are left out."""
+        labels = batch["labels"]
+        saved = 0.0
+        if self._shape is not None:
+            context = context_share(labels) * labels.numel()
+            dense = base_flops(self._shape)
+            saved = context * sum(
+                dense - base_flops(self._shape, *sparsities)
+                for sparsities in zip(self._plan.mlp, self._plan.self_attn, strict=True)
+            )
+        return self._lora.flops() * labels.numel() - round(saved)
 
     def adapter(self, base_digest: str | None, base_name: str) -> Adapter:
         """A plain LoRA, float32, as PEFT would save it."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from spallm_serve.trainer.flops import BlockShape
 from spallm_serve.trainer.method import Savings
-from spallm_serve.trainer.sparselora.flops import BlockShape, predicted_share
+from spallm_serve.trainer.sparselora.flops import predicted_share
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 
 # Above this share of the operations, choosing and gathering channels eats what is saved.

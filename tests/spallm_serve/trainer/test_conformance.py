@@ -16,6 +16,7 @@ from spallm_serve.adapter_files import read_adapter, write_adapter
 from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.models import load_model
+from spallm_serve.trainer.flops import block_shape, counted_flops, frozen_flops
 from spallm_serve.trainer.lut.method import Lut, LutSettings
 from spallm_serve.trainer.method import Method, WarmUp
 from spallm_serve.trainer.model import LossModel, freeze
@@ -182,3 +183,20 @@ def test_choosing_leaves_the_model_as_it_was(name: str, base: Path) -> None:
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
     assert all(parameter.grad is None for parameter in model.parameters())
     assert torch.equal(logits(model), logits(load_model(base)))
+
+
+@cases
+def test_the_flop_counter_equals_the_formula(name: str, base: Path) -> None:
+    method = METHODS[name]()
+    shape = block_shape(load_model(base))
+    model, trained = prepared(method, base)
+    model.train()
+    model.set_attn_implementation("sdpa")  # whose operations are not counted on a CPU
+    given = batch()
+    method.on_batch(given, 0.5)
+    loss = LossModel(model)
+    counted = counted_flops(lambda: loss(**given)["loss"].backward())
+    assert shape is not None
+    config = model.config
+    frozen = frozen_flops(shape, config.num_hidden_layers, trained, given, config.vocab_size)
+    assert counted == pytest.approx(frozen + method.added_flops(given), rel=0.03)

@@ -8,14 +8,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel, Qwen3Config
 
-from spallm_serve.trainer.flops import counted_flops
-from spallm_serve.trainer.sparselora.flops import (
-    BlockShape,
-    base_flops,
-    block_shape,
-    lora_flops,
-    predicted_share,
-)
+from spallm_serve.trainer.flops import BlockShape, block_shape, counted_flops
+from spallm_serve.trainer.sparselora.flops import base_flops, lora_flops, predicted_share
 from spallm_serve.trainer.sparselora.plan import SparsityPlan, resolve_plan
 from spallm_serve.trainer.sparselora.savings import predict_savings
 from spallm_serve.trainer.sparselora.settings import SparseLoraSettings

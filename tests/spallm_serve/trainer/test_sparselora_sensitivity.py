@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from spallm_serve.trainer.flops import block_shape
 from spallm_serve.trainer.method import Batch
 from spallm_serve.trainer.sparselora import sensitivity
 from spallm_serve.trainer.sparselora.allocation import Choice, allocate
 from spallm_serve.trainer.sparselora.blocks import Site, find_sites
 from spallm_serve.trainer.sparselora.estimators import load_estimators
-from spallm_serve.trainer.sparselora.flops import base_flops, block_shape
+from spallm_serve.trainer.sparselora.flops import base_flops
 from spallm_serve.trainer.sparselora.install import install
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 from spallm_serve.trainer.sparselora.select import Factors
