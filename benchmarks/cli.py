@@ -151,19 +151,29 @@ def resume(
     kills: Annotated[int, typer.Option(help="How many kill -9.")] = 10,
     seed: Annotated[int, typer.Option(help="Of the moments.")] = 0,
     model: Model = None,
+    train: Annotated[
+        Optional[Path], typer.Option(help="Kill spallm-train on these rows, not spallm-compress.")
+    ] = None,
     option: Annotated[
-        Optional[list[str]], typer.Option(help="Further option of spallm-compress; repeat it.")
+        Optional[list[str]], typer.Option(help="Further option of the command; repeat it.")
     ] = None,
     scratch: Scratch = None,
     json: Json = None,
 ) -> None:
-    """Kill a run at random moments; the finished directory must be the same to the byte."""
+    """Kill a run at random moments; what it makes must be the same to the byte."""
     with measuring(scratch) as folder:
-        from spallm_serve.benchmarks.resume import resume_records
+        from spallm_serve.benchmarks import resume as bench
 
-        quick = ["--samples", "4", "--seqlen", "64", "--refine", "2"]
         source = model_directory(model, folder)
-        finish(iter(resume_records(source, folder, option or quick, kills, seed)), json)
+        quick = ["--samples", "4", "--seqlen", "64"]
+        if train is None:
+            command = bench.compressing(source, option or [*quick, "--refine", "2"])
+        else:
+            base = folder / "base"
+            bench.compressing(source, quick).run(base, None)
+            short = ["--steps", "16", "--max-length", "256", "--set", "save_every=2"]
+            command = bench.training(base, train, option or short)
+        finish(iter(bench.resume_records(command, folder, kills, seed)), json)
 
 
 @app.command()

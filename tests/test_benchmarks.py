@@ -315,3 +315,19 @@ def test_training_memory_trains_on_random_tokens(tmp_path: Path) -> None:
     config.vocab_size = 32000
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     train_on_random_tokens(str(tmp_path), "lora", {}, rows=1, length=16)
+
+
+def test_a_killed_training_run_ends_with_the_same_adapter(tmp_path: Path) -> None:
+    model = tiny_llama(tmp_path / "model")
+    rows, found = rows_file(tmp_path / "rows.json"), tmp_path / "found.json"
+    command = ["resume", "--train", str(rows), "--model", str(model), "--kills", "2"]
+    command += ["--json", str(found), "--scratch", str(tmp_path / "scratch")]
+    for option in ("--steps", "6", "--max-length", "48", "--set", "save_every=1"):
+        command += ["--option", option]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    (record,) = BenchmarkResults.model_validate_json(found.read_text()).records
+    assert (record.ours, record.case["command"]) == (1, "spallm-train")
+    adapters = [tmp_path / "scratch" / name for name in ("undisturbed", "killed")]
+    assert directory_digest(adapters[0]) == directory_digest(adapters[1])
+    assert (adapters[0] / "adapter_model.safetensors").is_file()

@@ -199,7 +199,7 @@ def training_arguments(
         greater_is_better=False if judging else None,
         logging_steps=1,
         logging_nan_inf_filter=False,
-        report_to=settings.log_to,
+        report_to="none",
         disable_tqdm=True,
         remove_unused_columns=False,
         dataloader_num_workers=0,

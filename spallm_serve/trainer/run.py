@@ -19,6 +19,7 @@ from spallm_serve.adapter_files import TENSOR_FILE, write_adapter
 from spallm_serve.batches import EndlessStream, ExampleStream, collate
 from spallm_serve.survey import DataSurvey, survey
 from spallm_serve.trainer.base import Base, open_base
+from spallm_serve.trainer.curves import curve_callbacks
 from spallm_serve.trainer.loop import MethodTrainer, latest_checkpoint, training_arguments
 from spallm_serve.trainer.lut.method import Lut
 from spallm_serve.trainer.method import Batch, Method, WarmUp
@@ -114,6 +115,10 @@ def _train(
     run: TrainingDirectory,
     console: Console,
 ) -> _Trained:
+    main = PartialState().is_main_process
+    callbacks = curve_callbacks(settings.log_to, run.curves) if main else []
+    if settings.patience:
+        callbacks.append(EarlyStoppingCallback(settings.patience))
     method = make_method(settings, base.directory, run.folder)
     model = LossModel(base.model)
     selection = run.selection()
@@ -143,7 +148,7 @@ def _train(
         data.judged,
         data.pad_token_id,
         bar,
-        [EarlyStoppingCallback(settings.patience)] if settings.patience else [],
+        callbacks,
     )
     checkpoint = latest_checkpoint(run.folder)
     try:

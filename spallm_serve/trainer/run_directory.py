@@ -19,7 +19,9 @@ RECORD_FILE = "training.json"
 _FOLDER = ".unfinished"
 _FINGERPRINT_FILE = "fingerprint.json"
 _SELECTION_FILE = "selection.safetensors"
-_OURS = {_FOLDER, CONFIG_FILE, TENSOR_FILE, RECORD_FILE}
+# TensorBoard's files, where transformers and its users expect them.
+_CURVES_FOLDER = "runs"
+_OURS = {_FOLDER, CONFIG_FILE, TENSOR_FILE, RECORD_FILE, _CURVES_FOLDER}
 # Where results go and what is shown on the way does not change them.
 _WITHOUT_EFFECT = {"log_to", "save_every"}
 
@@ -33,6 +35,10 @@ class TrainingDirectory:
         resume: take up an unfinished run; False starts afresh.
         main: whether this is the process of the run that writes; it comes first.
 
+    Attributes:
+        folder: for all that the run needs until it is finished.
+        curves: stays when it is finished.
+
     Raises:
         UserError: the output holds something else, an unfinished run of other settings or data,
             or another process is at work in it.
@@ -40,6 +46,7 @@ class TrainingDirectory:
 
     def __init__(self, output: Path, fingerprint: str, *, resume: bool, main: bool = True) -> None:
         self.folder = output / _FOLDER
+        self.curves = output / _CURVES_FOLDER
         self._output = output
         self._main = main
         self._lock = FileLock(self.folder / "lock")

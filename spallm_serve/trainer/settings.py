@@ -9,6 +9,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from spallm_serve.errors import UserError
+from spallm_serve.trainer.curves import Destination
 from spallm_serve.trainer.lut.method import LutSettings
 from spallm_serve.trainer.smt.method import SmtSettings
 from spallm_serve.trainer.sparselora.settings import SparseLoraSettings
@@ -86,8 +87,9 @@ class TrainSettings(BaseModel):
     patience: int | None = Field(
         default=None, ge=1, description="stop after so many evaluations without a better loss"
     )
-    log_to: Literal["none", "tensorboard", "wandb"] = Field(
-        default="none", description="where curves are logged"
+    log_to: Destination = Field(
+        default="none",
+        description="where curves are logged; tensorboard: into the folder runs of the output",
     )
 
     lut: LutSettings = LutSettings()

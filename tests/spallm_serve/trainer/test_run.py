@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -18,6 +19,7 @@ from spallm_serve.adapted import apply_adapter
 from spallm_serve.adapter import adapter_digest
 from spallm_serve.adapter_files import read_adapter
 from spallm_serve.batches import ExampleStream, collate
+from spallm_serve.errors import UserError
 from spallm_serve.models import load_model, load_tokenizer
 from spallm_serve.trainer.model import LossModel
 from spallm_serve.trainer.run import train
@@ -125,3 +127,26 @@ def test_two_processes_train_what_one_does(sketched_base: Path, rows: Path, tmp_
         # Steps of Adam's first moments are as long as the rate for the smallest gradients, too.
         torch.testing.assert_close(two.tensors[name], tensor, rtol=2e-3, atol=1e-3)
         assert float((tensor - before[name]).abs().mean()) > 1e-3
+
+
+def test_curves_stay_when_the_run_is_finished(
+    sketched_base: Path, rows: Path, tmp_path: Path
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = settings(sketched_base, rows, log_to="tensorboard")
+    train(run, tmp_path / "adapter", resume=True, console=quiet())
+    events = EventAccumulator(str(tmp_path / "adapter" / "runs")).Reload()
+    record = json.loads((tmp_path / "adapter" / "training.json").read_text())
+    logged = {event.step: event.value for event in events.Scalars("train/loss")}
+    assert logged == pytest.approx({int(step): loss for step, loss in record["losses"].items()})
+
+
+def test_curves_without_their_package_are_refused(
+    sketched_base: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    run = settings(sketched_base, rows, log_to="wandb")
+    with pytest.raises(UserError, match="wandb is not installed"):
+        train(run, tmp_path / "adapter", resume=True, console=quiet())
+    assert not (tmp_path / "adapter").exists()
