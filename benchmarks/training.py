@@ -23,6 +23,7 @@ from spallm_serve.compressor.settings import parse_settings
 from spallm_serve.errors import UserError
 from spallm_serve.models import load_model
 from spallm_serve.trainer.flops import BlockShape, block_shape, counted_flops, frozen_flops
+from spallm_serve.trainer.frozen import inputs_that_take_gradients
 from spallm_serve.trainer.method import Batch, Method, WarmUp
 from spallm_serve.trainer.model import LossModel, freeze
 from spallm_serve.trainer.run import make_method
@@ -64,11 +65,16 @@ class Prepared:
     shape: BlockShape | None
     turn: int = 0
 
+    @property
+    def last_batch(self) -> Batch:
+        """The batch that was stepped over last."""
+        return self.batches[(self.turn - 1) % len(self.batches)]
+
     def formula_flops(self) -> int | None:
-        """Operations of a step on the batch before, by formula; attention's are not counted."""
+        """Operations of a step on the last batch, by formula; attention's are not counted."""
         if self.shape is None:
             return None
-        batch = self.batches[(self.turn - 1) % len(self.batches)]
+        batch = self.last_batch
         config = self.model.config
         layers, vocabulary = config.num_hidden_layers, config.vocab_size
         frozen = frozen_flops(self.shape, layers, self.trained, batch, vocabulary)
@@ -144,6 +150,7 @@ def training_records(
     }
     times = interleaved({name: each.step for name, each in prepared.items()}, seconds)
     kept = {name: kept_bytes(each.backward, each.model) for name, each in prepared.items()}
+    frozen = _frozen_kept_bytes(model_dir, prepared[PEER].last_batch, dtype)
     flops = {name: counted_flops(each.backward) for name, each in prepared.items()}
     choosing = {
         name: interleaved({"choose": each.choose_channels}, seconds=1)["choose"].median
@@ -163,7 +170,8 @@ def training_records(
             "tokens_per_s": round(tokens / times[variant.name].median, 1),
         }
         yield _time_record(case, times[variant.name], times[PEER])
-        yield _record(case, "kept_activation_bytes", kept[variant.name], kept[PEER])
+        kept_case = case | {"kept_by_a_frozen_dense_model": frozen}
+        yield _record(kept_case, "kept_activation_bytes", kept[variant.name], kept[PEER])
         yield _record(
             case | {"by_formula": ours.formula_flops()},
             "flops", flops[variant.name], flops[PEER],
@@ -254,6 +262,15 @@ def prepare(
     model.train()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
     return Prepared(model, method, trained, optimizer, batches, shape)
+
+
+def _frozen_kept_bytes(model_dir: Path, batch: Batch, dtype: torch.dtype) -> int:
+    """What a model keeps that trains nothing but passes gradients through all its layers."""
+    lm = load_model(model_dir, dtype)
+    freeze(lm)
+    model = LossModel(lm)
+    with inputs_that_take_gradients(lm):
+        return kept_bytes(lambda: model(**batch)["loss"].backward(), model)
 
 
 def _base(model_dir: Path, bits: int | None, scratch: Path) -> Path:

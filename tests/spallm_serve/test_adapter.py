@@ -206,3 +206,21 @@ def test_damaged_directories(kind: str, tmp_path: Path) -> None:
     damaged(tmp_path / "adapter", kind)
     with pytest.raises(UserError, match=str(tmp_path)):
         read_adapter(tmp_path / "adapter")
+
+
+# Rows and columns of Llama-2-7B's linears in one of its 32 blocks.
+LLAMA2_7B = [(4096, 4096)] * 4 + [(11008, 4096)] * 2 + [(4096, 11008)]
+
+
+def test_tables_of_a_7b_model_are_small_beside_a_lora() -> None:
+    """Of rank 16 on the same layers, as PEFT writes it: in float32."""
+    config = LutConfig(base_digest="ab" * 32, base_model_name_or_path="")
+    shapes = {f"layers.{i}.{j}": shape for i in range(32) for j, shape in enumerate(LLAMA2_7B)}
+    lora = sum(16 * (rows + columns) * 4 for rows, columns in shapes.values())
+    assert lora == 159_907_840
+    for bits, share in {2: 0.07, 3: 0.14, 4: 0.28}.items():
+        tensors = {
+            f"{name}.tables": torch.empty(rows, 1, 2**bits, dtype=torch.float16, device="meta")
+            for name, (rows, _) in shapes.items()
+        }
+        assert share - 0.02 < Adapter(config, tensors).nbytes / lora < share
