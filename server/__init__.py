@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: many tenants on one compressed base, inside vLLM."""

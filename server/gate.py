@@ -1,0 +1,217 @@
+"""The gate in front of the engine's HTTP server: who is it, may it, and which adapter is meant."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import secrets
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from spallm_serve.server.body import read_json, with_body
+from spallm_serve.server.directory import Caller, Directory, Target
+from spallm_serve.server.errors import ApiError, forbidden, model_not_found, not_found, unauthorized
+from spallm_serve.server.limits import Quota, TenantLimiter
+from spallm_serve.server.metering import Meter
+from spallm_serve.server.request_policy import RequestCaps, prepare_request
+from spallm_serve.server.salt import cache_salt
+from spallm_serve.server.scopes import Access, Route, declared
+
+CALLER = "spallm.caller"
+ADAPTER_HEADER = "x-spallm-adapter"
+REQUEST_ID_HEADER = "x-request-id"
+_REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
+_MAX_MODEL_NAME = 512
+
+
+@dataclass(frozen=True)
+class GateSettings:
+    """What the gate is told.
+
+    Attributes:
+        secret: of the tenants' cache salts, at least 32 bytes.
+        body_bytes: of a request to a model, at most.
+        body_seconds: until such a request has to be complete.
+        caps: limits of one request.
+        anonymous: who everybody without a key is; None lets nobody in.
+    """
+
+    secret: bytes
+    body_bytes: int = 4 * 2**20
+    body_seconds: float = 30.0
+    caps: RequestCaps = field(default_factory=RequestCaps)
+    anonymous: Caller | None = None
+
+
+class Gate:
+    """ASGI middleware around the engine's server.
+
+    A request without a valid key gets 401 whatever it asks for; one for a route that is not
+    declared 404; one that its key has no scope for 403. The ``model`` of a request is resolved
+    among what the tenant may use; then the request is given the tenant's cache salt, and counted.
+
+    Args:
+        app: the engine's server.
+        directory: of tenants and adapters.
+        limiter: of requests and tokens.
+        settings: see :class:`GateSettings`.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        directory: Directory,
+        limiter: TenantLimiter,
+        settings: GateSettings,
+    ) -> None:
+        self._app = app
+        self._directory = directory
+        self._limiter = limiter
+        self._settings = settings
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        respond = _Responding(send, {REQUEST_ID_HEADER: _request_id(scope)})
+        try:
+            await self._handle(scope, receive, respond)
+        except ApiError as error:
+            if respond.started:
+                raise
+            await error(scope, receive, respond)
+
+    async def _handle(self, scope: Scope, receive: Receive, respond: _Responding) -> None:
+        method, path = scope["method"], scope["path"]
+        route = declared(method, path)
+        if route is not None and route.access is Access.PUBLIC:
+            await self._app(scope, receive, respond)
+            return
+        caller = await self._caller(scope)
+        if route is None:
+            raise not_found(path)
+        if route.access.value not in caller.scopes:
+            raise forbidden(route.access.value)
+        scope = {**scope, CALLER: caller}
+        if route.access is not Access.INFER or not route.names_model:
+            await self._app(scope, receive, respond)
+            return
+        await self._infer(scope, receive, respond, route, caller)
+
+    async def _caller(self, scope: Scope) -> Caller:
+        kind, _, bearer = Headers(scope=scope).get("authorization", "").partition(" ")
+        if not bearer and self._settings.anonymous is not None:
+            return self._settings.anonymous
+        if kind.lower() != "bearer" or not bearer.strip():
+            raise unauthorized()
+        caller = await asyncio.to_thread(self._directory.caller, bearer.strip())
+        if caller is None:
+            raise unauthorized()
+        return caller
+
+    async def _infer(
+        self, scope: Scope, receive: Receive, respond: _Responding, route: Route, caller: Caller
+    ) -> None:
+        quota = await asyncio.to_thread(self._directory.quota, caller.tenant)
+        with ExitStack() as running:
+            respond.headers |= running.enter_context(self._limiter.admitted(caller.tenant, quota))
+            body = await read_json(receive, self._settings.body_bytes, self._settings.body_seconds)
+            target = await self._target(caller, body)
+            salt = cache_salt(self._settings.secret, caller.tenant)
+            prepared = prepare_request(body, target.engine_name, salt, self._settings.caps)
+            respond.meter = _meter(prepared, route, scope["path"])
+            respond.headers[ADAPTER_HEADER] = target.engine_name
+            scope, receive = with_body(scope, receive, prepared)
+            try:
+                await self._app(scope, receive, respond)
+            finally:
+                await self._count(caller, quota, target, respond)
+
+    async def _target(self, caller: Caller, body: dict[str, Any]) -> Target:
+        model = body.get("model")
+        if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL_NAME:
+            raise ApiError(
+                400, "model: expected the name of a model", "missing_model", param="model"
+            )
+        target = await asyncio.to_thread(self._directory.target, caller.tenant, model)
+        if target is None:
+            raise model_not_found(model)
+        return target
+
+    async def _count(
+        self, caller: Caller, quota: Quota, target: Target, respond: _Responding
+    ) -> None:
+        meter = respond.meter
+        if meter is None or respond.status != 200:
+            return
+        if not respond.complete:
+            meter.abandon()
+        self._limiter.charge(caller.tenant, quota, meter.usage.total)
+        # Also when the client's disconnect has cancelled this request.
+        recorded = asyncio.to_thread(self._directory.record, caller, target, meter.usage)
+        await asyncio.shield(recorded)
+
+
+def _meter(body: dict[str, Any], route: Route, path: str) -> Meter:
+    """A meter for a request's response; it may ask the engine for what it needs to see."""
+    streamed = bool(body.get("stream"))
+    hide_usage = False
+    if streamed and path.endswith("/completions"):
+        options = body.get("stream_options")
+        options = dict(options) if isinstance(options, dict) else {}
+        hide_usage = not options.get("include_usage")
+        body["stream_options"] = options | {"include_usage": True}
+    return Meter(streamed, hide_usage)
+
+
+def _request_id(scope: Scope) -> str:
+    """The client's own id if it is a plain one, else a new one."""
+    given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+    return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
+
+
+class _Responding:
+    """``send`` with headers added, and the body metered."""
+
+    def __init__(self, send: Send, headers: dict[str, str]) -> None:
+        self._send = send
+        self.headers = headers
+        self.meter: Meter | None = None
+        self.status = 0
+        self.complete = False
+
+    @property
+    def started(self) -> bool:
+        """Whether the client has been sent a status."""
+        return self.status != 0
+
+    async def __call__(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            headers = MutableHeaders(raw=list(message.get("headers", [])))
+            for name, value in self.headers.items():
+                headers[name] = value
+            if self.meter is not None and self.meter.hide_usage:
+                del headers["content-length"]
+            message = {**message, "headers": headers.raw}
+        elif message["type"] == "http.response.body":
+            message = self._metered(message)
+        await self._send(message)
+
+    def _metered(self, message: Message) -> Message:
+        more = message.get("more_body", False)
+        self.complete = not more
+        if self.meter is None:
+            return message
+        body = self.meter.feed(message.get("body", b""))
+        if not more:
+            body += self.meter.finish()
+        return {**message, "body": body}

@@ -1,0 +1,116 @@
+"""What a tenant may ask of the engine, and what is put into a request before it gets there."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from spallm_serve.server.errors import ApiError
+
+# Field -> why it is not for tenants.
+REFUSED = {
+    "chat_template": "templates are programs; the base's own is used",
+    "prompt_embeds": "embeddings are deserialised in the engine",
+    "mm_processor_kwargs": "it changes what preprocessing may use",
+    "media_io_kwargs": "it changes what preprocessing may use",
+    "kv_transfer_params": "it names other engines' caches",
+    "ec_transfer_params": "it names other engines' caches",
+    "vllm_xargs": "it goes to the engine as it is",
+    "previous_response_id": "responses are not stored; send the whole conversation",
+    "background": "responses are not stored; stream instead",
+    "priority": "all tenants queue alike",
+    "request_id": "ids of requests are the server's",
+    "session_id": "ids of sessions are the server's",
+}
+# What a template's own switches may not smuggle in.
+_REFUSED_TEMPLATE_SWITCHES = ("chat_template", "tokenize", "tools", "documents")
+
+
+@dataclass(frozen=True)
+class RequestCaps:
+    """Limits of one request, whatever the tenant's quota.
+
+    Attributes:
+        choices: sequences generated for it.
+        tokens: generated for each of them.
+        grammar_bytes: of a JSON schema, pattern or grammar.
+        stop_sequences: texts to stop at.
+    """
+
+    choices: int = 8
+    tokens: int = 8192
+    grammar_bytes: int = 16_384
+    stop_sequences: int = 16
+
+
+def prepare_request(
+    body: dict[str, Any], engine_model: str, salt: str, caps: RequestCaps
+) -> dict[str, Any]:
+    """A request as the engine shall see it.
+
+    Args:
+        body: as the tenant sent it; left as it is.
+        engine_model: what ``model`` was resolved to.
+        salt: of the tenant; whatever salt was sent is overwritten.
+        caps: limits of one request.
+
+    Returns:
+        A new body.
+
+    Raises:
+        ApiError: a field that is not for tenants, or a value over its cap; 400.
+    """
+    for field, reason in REFUSED.items():
+        # Clients send nulls and false for what they do not use.
+        if body.get(field):
+            raise _refused(field, f"{field} cannot be set: {reason}")
+    switches = body.get("chat_template_kwargs")
+    if isinstance(switches, dict):
+        for name in _REFUSED_TEMPLATE_SWITCHES:
+            if name in switches:
+                raise _refused("chat_template_kwargs", f"chat_template_kwargs cannot set {name!r}")
+    _check_caps(body, caps)
+    prepared = {name: value for name, value in body.items() if name not in REFUSED}
+    prepared |= {"model": engine_model, "cache_salt": salt}
+    if "store" in body:
+        prepared["store"] = False
+    return prepared
+
+
+def _check_caps(body: dict[str, Any], caps: RequestCaps) -> None:
+    for field in ("n", "best_of"):
+        _at_most(body, field, caps.choices)
+    if body.get("use_beam_search"):
+        raise _refused("use_beam_search", "beam search is not served")
+    for field in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
+        _at_most(body, field, caps.tokens)
+    stop = body.get("stop")
+    if isinstance(stop, list) and len(stop) > caps.stop_sequences:
+        raise _refused("stop", f"{len(stop)} stop sequences, at most {caps.stop_sequences}")
+    for field in ("response_format", "structured_outputs", "tools", "text"):
+        size = _text_size(body.get(field), caps.grammar_bytes)
+        if size > caps.grammar_bytes:
+            raise _refused(field, f"{field} holds more than {caps.grammar_bytes} characters")
+
+
+def _at_most(body: dict[str, Any], field: str, limit: int) -> None:
+    value = body.get(field)
+    if isinstance(value, int | float) and value > limit:
+        raise _refused(field, f"{field} is {value}, at most {limit} can be asked for")
+
+
+def _text_size(value: object, enough: int) -> int:
+    """Characters in all names and values below something, counted until there are enough."""
+    size, waiting = 0, [value]
+    while waiting and size <= enough:
+        here = waiting.pop()
+        if isinstance(here, dict):
+            waiting += [*here.keys(), *here.values()]
+        elif isinstance(here, list):
+            waiting += here
+        size += len(here) if isinstance(here, str) else 1
+    return size
+
+
+def _refused(field: str, message: str) -> ApiError:
+    return ApiError(400, message, "invalid_value", param=field)

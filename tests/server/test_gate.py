@@ -1,0 +1,313 @@
+"""The gate against an engine that says what it was asked."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+
+from spallm_serve.server.directory import Caller, Target
+from spallm_serve.server.gate import CALLER, Gate, GateSettings
+from spallm_serve.server.limits import Quota, TenantLimiter
+from spallm_serve.server.metering import Usage
+from spallm_serve.server.request_policy import REFUSED
+from spallm_serve.server.scopes import ROUTES, declared
+
+SECRET = bytes(range(32))
+EVERYTHING = frozenset({"infer", "adapters", "admin"})
+DIGEST = "ab" * 32
+
+
+@dataclass
+class Tenants:
+    """Two tenants with an adapter each, and an operator."""
+
+    quotas: dict[str, Quota] = field(default_factory=dict)
+    recorded: list[tuple[str, str, Usage]] = field(default_factory=list)
+
+    def caller(self, bearer: str) -> Caller | None:
+        scopes = {"acme-key": {"infer", "adapters"}, "zoo-key": {"infer"}, "root-key": {"admin"}}
+        if bearer not in scopes:
+            return None
+        return Caller(bearer.partition("-")[0], bearer, frozenset(scopes[bearer]))
+
+    def target(self, tenant: str, model: str) -> Target | None:
+        if model == "base":
+            return Target("base", None)
+        if tenant == "acme" and model in ("support", "acme/support"):
+            return Target(f"acme/support@{DIGEST}", "acme/support")
+        return None
+
+    def quota(self, tenant: str) -> Quota:
+        return self.quotas.get(tenant, Quota())
+
+    def record(self, caller: Caller, target: Target, usage: Usage) -> None:
+        self.recorded.append((caller.tenant, target.engine_name, usage))
+
+
+class Engine:
+    """Answers with what it was sent; streams where it is asked to."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+        self.waiting = asyncio.Event()
+        self.go_on = asyncio.Event()
+        routes = [
+            Route("/v1/chat/completions", self.chat, methods=["POST"]),
+            Route("/v1/load_lora_adapter", self.secret, methods=["POST"]),
+            Route("/metrics", self.secret),
+            Route("/livez", self.secret),
+            Route("/v1/adapters/{name:path}", self.who, methods=["PUT"]),
+        ]
+        self.app = Starlette(routes=routes)
+
+    async def secret(self, request: Request) -> Response:
+        return JSONResponse({"reached": request.url.path})
+
+    async def who(self, request: Request) -> Response:
+        return JSONResponse({"tenant": request.scope[CALLER].tenant})
+
+    async def chat(self, request: Request) -> Response:
+        body = await request.json()
+        self.seen.append(body)
+        if body.get("messages") == "wait":
+            self.waiting.set()
+            await self.go_on.wait()
+        if body.get("stream"):
+            return StreamingResponse(self.events(body), media_type="text/event-stream")
+        return JSONResponse({"usage": {"prompt_tokens": 5, "completion_tokens": 7}})
+
+    async def events(self, body: dict[str, Any]) -> AsyncIterator[str]:
+        for token in "abc":
+            yield event({"choices": [{"delta": {"content": token}}], "usage": None})
+        if body["stream_options"]["include_usage"]:
+            yield event({"choices": [], "usage": {"prompt_tokens": 5, "completion_tokens": 3}})
+        yield "data: [DONE]\n\n"
+
+
+def event(value: object) -> str:
+    return f"data: {json.dumps(value)}\n\n"
+
+
+@dataclass
+class World:
+    """A gate with an engine behind it."""
+
+    tenants: Tenants = field(default_factory=Tenants)
+    engine: Engine = field(default_factory=Engine)
+    settings: GateSettings = field(default_factory=lambda: GateSettings(SECRET, body_seconds=0.3))
+
+    def client(self, key: str | None) -> httpx.AsyncClient:
+        gate = Gate(self.engine.app, self.tenants, self.limiter, self.settings)
+        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
+        transport = httpx.ASGITransport(gate)
+        return httpx.AsyncClient(transport=transport, base_url="http://gate", headers=headers)
+
+    def __post_init__(self) -> None:
+        self.limiter = TenantLimiter()
+
+    def ask(self, key: str | None, method: str, path: str, **more: Any) -> httpx.Response:
+        async def asked() -> httpx.Response:
+            async with self.client(key) as client:
+                return await client.request(method, path, **more)
+
+        return asyncio.run(asked())
+
+    def chat(self, key: str | None = "acme-key", **body: Any) -> httpx.Response:
+        given = {"model": "support", "messages": []} | body
+        return self.ask(key, "POST", "/v1/chat/completions", json=given)
+
+
+def message(response: httpx.Response) -> str:
+    return str(response.json()["error"]["message"])
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/load_lora_adapter", "/nowhere"])
+@pytest.mark.parametrize("key", [None, "", "nobodys"])
+def test_without_a_valid_key_every_path_answers_alike(path: str, key: str | None) -> None:
+    found = World().ask(key, "POST", path, json={"model": "base"})
+    assert found.status_code == 401
+    assert found.json()["error"]["code"] == "invalid_api_key"
+    assert found.headers["www-authenticate"] == "Bearer"
+
+
+def test_liveness_needs_no_key() -> None:
+    assert World().ask(None, "GET", "/livez").status_code == 200
+
+
+def test_what_is_not_declared_does_not_exist() -> None:
+    found = World().ask("acme-key", "POST", "/v1/load_lora_adapter", json={})
+    assert found.status_code == 404
+    for path in ("/v1/responses/resp_1", "/pause", "/update_weights", "//v1/models", "/v1/Models"):
+        assert declared("GET", path) is None
+        assert declared("POST", path) is None
+
+
+def test_every_declared_route_says_what_it_asks() -> None:
+    public = {route.pattern.pattern for route in ROUTES if route.access.value == "public"}
+    assert public == {"/livez", "/readyz"}
+
+
+def test_a_key_without_the_scope_is_refused() -> None:
+    world = World()
+    assert world.ask("acme-key", "GET", "/metrics").status_code == 403
+    assert world.ask("root-key", "GET", "/metrics").status_code == 200
+    assert world.chat("root-key").status_code == 403
+    assert world.ask("zoo-key", "PUT", "/v1/adapters/x").status_code == 403
+    assert world.ask("acme-key", "PUT", "/v1/adapters/x").json() == {"tenant": "acme"}
+
+
+def test_the_engine_sees_the_version_and_the_tenants_salt() -> None:
+    world = World()
+    found = world.chat(cache_salt="another tenant's", store=True)
+    assert found.status_code == 200
+    assert found.headers["x-spallm-adapter"] == f"acme/support@{DIGEST}"
+    (seen,) = world.engine.seen
+    assert seen["model"] == f"acme/support@{DIGEST}"
+    assert seen["store"] is False
+    world.chat("zoo-key", model="base", cache_salt=seen["cache_salt"])
+    assert world.engine.seen[1]["model"] == "base"
+    assert world.engine.seen[1]["cache_salt"] != seen["cache_salt"] != "another tenant's"
+    world.chat()
+    assert world.engine.seen[2]["cache_salt"] == seen["cache_salt"]
+
+
+def test_anothers_adapter_and_none_at_all_are_told_alike() -> None:
+    world = World()
+    anothers, none = (world.chat("zoo-key", model=name) for name in ("acme/support", "acme/other"))
+    assert anothers.status_code == none.status_code == 404
+    assert message(anothers).replace("support", "other") == message(none)
+    assert not world.engine.seen
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_fields_that_are_not_for_tenants(name: str) -> None:
+    world = World()
+    found = world.chat(**{name: "x"})
+    assert found.status_code == 400
+    assert found.json()["error"]["param"] == name
+    assert world.chat(**{name: None}).status_code == 200
+    assert name not in world.engine.seen[0]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"n": 9}, {"n": 1e9}, {"max_tokens": 10**9}, {"use_beam_search": True},
+        {"stop": ["a"] * 17}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        {"response_format": {"type": "json_schema", "schema": {"a": "x" * 20_000}}},
+        {"tools": [{"deep": [["x" * 9_000], ["y" * 9_000]]}]}, {"model": ""}, {"model": 5},
+        {"model": "x" * 600},
+    ],
+)  # fmt: skip
+def test_requests_over_their_caps(body: dict[str, Any]) -> None:
+    world = World()
+    found = world.chat(**body)
+    assert found.status_code == 400
+    assert not world.engine.seen
+
+
+@pytest.mark.parametrize("content", [b"", b"[]", b"{", b"\xff", b"[" * 100_000, b'"x"'])
+def test_bodies_that_are_no_objects(content: bytes) -> None:
+    found = World().ask("acme-key", "POST", "/v1/chat/completions", content=content)
+    assert found.status_code == 400
+    assert found.json()["error"]["code"] == "invalid_json"
+
+
+def test_a_body_over_its_cap_and_one_that_does_not_end() -> None:
+    world = World(settings=GateSettings(SECRET, body_bytes=100, body_seconds=0.2))
+    assert world.chat(messages="x" * 200).status_code == 413
+
+    async def slow() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(5)
+
+    found = world.ask("acme-key", "POST", "/v1/chat/completions", content=slow())
+    assert found.status_code == 408
+    assert world.chat().status_code == 200
+
+
+def test_tokens_are_recorded_for_tenant_and_adapter() -> None:
+    world = World()
+    world.chat()
+    world.chat("zoo-key", model="base", stream=True)
+    assert world.tenants.recorded == [
+        ("acme", f"acme/support@{DIGEST}", Usage(5, 7)),
+        ("zoo", "base", Usage(5, 3)),
+    ]
+
+
+@pytest.mark.parametrize("asked", [None, {}, {"include_usage": False}, {"include_usage": True}])
+def test_a_stream_has_the_usage_only_if_it_was_asked_for(asked: dict[str, Any] | None) -> None:
+    world = World()
+    found = world.chat(stream=True, stream_options=asked)
+    wants = bool(asked and asked.get("include_usage"))
+    assert found.text.count("content") == 3
+    assert ("prompt_tokens" in found.text) == wants
+    assert found.text.endswith("data: [DONE]\n\n")
+    assert world.tenants.recorded[0][2] == Usage(5, 3)
+
+
+def test_requests_a_minute() -> None:
+    world = World(Tenants({"acme": Quota(requests_per_minute=2)}))
+    first, second, third = (world.chat() for _ in range(3))
+    assert [first.status_code, second.status_code, third.status_code] == [200, 200, 429]
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert 1 <= int(third.headers["retry-after"]) <= 60
+    assert third.headers["x-ratelimit-remaining-requests"] == "0"
+    assert third.json()["error"]["type"] == "rate_limit_error"
+    assert world.chat("zoo-key", model="base").status_code == 200
+
+
+def test_tokens_a_minute() -> None:
+    world = World(Tenants({"acme": Quota(tokens_per_minute=20)}))
+    codes = [world.chat().status_code for _ in range(3)]
+    assert codes == [200, 200, 429]  # 12 tokens, 24 tokens
+    assert "20 tokens a minute" in message(world.chat())
+
+
+def test_requests_at_a_time() -> None:
+    world = World(Tenants({"acme": Quota(concurrent_requests=1)}))
+
+    async def run() -> list[int]:
+        async with world.client("acme-key") as client:
+            body = {"model": "support", "messages": "wait"}
+            first = asyncio.create_task(client.post("/v1/chat/completions", json=body))
+            await world.engine.waiting.wait()
+            second = await client.post("/v1/chat/completions", json=body)
+            world.engine.go_on.set()
+            last = await first
+            third = await client.post("/v1/chat/completions", json={**body, "messages": []})
+            return [last.status_code, second.status_code, third.status_code]
+
+    assert asyncio.run(run()) == [200, 429, 200]
+
+
+def test_request_ids() -> None:
+    world = World()
+    ask = {"json": {"model": "support", "messages": []}}
+    path = "/v1/chat/completions"
+    own = world.ask("acme-key", "POST", path, headers={"x-request-id": "mine-1"}, **ask)
+    assert own.headers["x-request-id"] == "mine-1"
+    forged = world.ask("acme-key", "POST", path, headers={"x-request-id": "a b<c>"}, **ask)
+    assert forged.headers["x-request-id"].startswith("req-")
+    assert World().ask(None, "POST", path).headers["x-request-id"]
+
+
+def test_without_authentication_everybody_is_one_caller() -> None:
+    nobody = Caller("default", "none", EVERYTHING)
+    world = World(settings=GateSettings(SECRET, anonymous=nobody))
+    assert world.chat(None, model="base").status_code == 200
+    assert world.tenants.recorded[0][0] == "default"
+    # A key that is sent is still one that has to be valid.
+    assert world.chat("nobodys", model="base").status_code == 401
