@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,8 @@ from spallm_serve.server.body import read_json, with_body
 from spallm_serve.server.directory import Caller, Directory, Target
 from spallm_serve.server.errors import ApiError, forbidden, model_not_found, not_found, unauthorized
 from spallm_serve.server.limits import Quota, TenantLimiter
-from spallm_serve.server.metering import Meter
+from spallm_serve.server.metering import Meter, Usage
+from spallm_serve.server.metrics import RequestWatch, TenantMetrics
 from spallm_serve.server.request_policy import RequestCaps, prepare_request
 from spallm_serve.server.salt import cache_salt
 from spallm_serve.server.scopes import Access, Route, declared
@@ -26,6 +28,7 @@ ADAPTER_HEADER = "x-spallm-adapter"
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _MAX_MODEL_NAME = 512
+_CLIENT_WENT_AWAY = 499
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,7 @@ class Gate:
         app: the engine's server.
         directory: of tenants and adapters.
         limiter: of requests and tokens.
+        metrics: of tenants.
         settings: see :class:`GateSettings`.
     """
 
@@ -66,11 +70,13 @@ class Gate:
         app: ASGIApp,
         directory: Directory,
         limiter: TenantLimiter,
+        metrics: TenantMetrics,
         settings: GateSettings,
     ) -> None:
         self._app = app
         self._directory = directory
         self._limiter = limiter
+        self._metrics = metrics
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -122,6 +128,7 @@ class Gate:
     ) -> None:
         quota = await asyncio.to_thread(self._directory.quota, caller.tenant)
         with ExitStack() as running:
+            running.enter_context(respond.watched(self._metrics.watch(caller.tenant)))
             respond.headers |= running.enter_context(self._limiter.admitted(caller.tenant, quota))
             body = await read_json(receive, self._settings.body_bytes, self._settings.body_seconds)
             target = await self._target(caller, body)
@@ -186,16 +193,28 @@ class _Responding:
         self.headers = headers
         self.meter: Meter | None = None
         self.status = 0
+        self.started = False
         self.complete = False
+        self._watch: RequestWatch | None = None
 
-    @property
-    def started(self) -> bool:
-        """Whether the client has been sent a status."""
-        return self.status != 0
+    @contextmanager
+    def watched(self, watch: RequestWatch) -> Iterator[None]:
+        """While open, a request's clock runs."""
+        self._watch = watch
+        try:
+            yield
+        except ApiError as error:
+            self.status = error.status
+            raise
+        finally:
+            self._watch = None
+            watch.finish(
+                self.status or _CLIENT_WENT_AWAY, self.meter.usage if self.meter else Usage()
+            )
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self.status = message["status"]
+            self.status, self.started = message["status"], True
             headers = MutableHeaders(raw=list(message.get("headers", [])))
             for name, value in self.headers.items():
                 headers[name] = value
@@ -211,6 +230,8 @@ class _Responding:
         self.complete = not more
         if self.meter is None:
             return message
+        if self._watch is not None and message.get("body"):
+            self._watch.on_bytes(self.meter.streamed)
         body = self.meter.feed(message.get("body", b""))
         if not more:
             body += self.meter.finish()

@@ -10,6 +10,7 @@ from typing import Any
 
 import httpx
 import pytest
+from prometheus_client import CollectorRegistry
 from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -19,6 +20,7 @@ from spallm_serve.server.directory import Caller, Target
 from spallm_serve.server.gate import CALLER, Gate, GateSettings
 from spallm_serve.server.limits import Quota, TenantLimiter
 from spallm_serve.server.metering import Usage
+from spallm_serve.server.metrics import TenantLabels, TenantMetrics
 from spallm_serve.server.request_policy import REFUSED
 from spallm_serve.server.scopes import ROUTES, declared
 
@@ -107,13 +109,15 @@ class World:
     settings: GateSettings = field(default_factory=lambda: GateSettings(SECRET, body_seconds=0.3))
 
     def client(self, key: str | None) -> httpx.AsyncClient:
-        gate = Gate(self.engine.app, self.tenants, self.limiter, self.settings)
+        gate = Gate(self.engine.app, self.tenants, self.limiter, self.metrics, self.settings)
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         transport = httpx.ASGITransport(gate)
         return httpx.AsyncClient(transport=transport, base_url="http://gate", headers=headers)
 
     def __post_init__(self) -> None:
         self.limiter = TenantLimiter()
+        self.registry = CollectorRegistry()
+        self.metrics = TenantMetrics(TenantLabels(1), self.registry)
 
     def ask(self, key: str | None, method: str, path: str, **more: Any) -> httpx.Response:
         async def asked() -> httpx.Response:
@@ -311,3 +315,25 @@ def test_without_authentication_everybody_is_one_caller() -> None:
     assert world.tenants.recorded[0][0] == "default"
     # A key that is sent is still one that has to be valid.
     assert world.chat("nobodys", model="base").status_code == 401
+
+
+def test_metrics_of_tenants_are_bounded() -> None:
+    """One tenant has a label of its own here; the others share one."""
+    world = World(Tenants({"acme": Quota(requests_per_minute=2)}))
+    for _ in range(3):
+        world.chat()
+    world.chat("zoo-key", model="base", stream=True)
+    world.chat("zoo-key", model="acme/support")
+
+    def value(name: str, **labels: str) -> float | None:
+        return world.registry.get_sample_value(f"spallm_{name}", labels)
+
+    assert value("requests_total", tenant="acme", status="200") == 2
+    assert value("requests_total", tenant="acme", status="429") == 1
+    assert value("requests_total", tenant="other", status="404") == 1
+    assert value("requests_total", tenant="zoo", status="200") is None
+    assert value("tokens_total", tenant="acme", kind="completion") == 14
+    assert value("tokens_total", tenant="other", kind="prompt") == 5
+    assert value("time_to_first_token_seconds_count", tenant="acme") == 2
+    assert value("inter_token_seconds_count", tenant="other") >= 2
+    assert value("running_requests", tenant="acme") == 0
