@@ -10,6 +10,7 @@ import yaml
 from rich.console import Console
 from transformers import AutoConfig, PreTrainedModel
 
+from spallm_serve.config_file import read_config
 from spallm_serve.errors import UserError
 from spallm_serve.examples import stream_examples
 from spallm_serve.models import linears, load_tokenizer, resolve_model, skeleton
@@ -19,7 +20,6 @@ from spallm_serve.trainer.settings import (
     TrainSettings,
     commented_config,
     parse_train_settings,
-    read_config,
 )
 from spallm_serve.trainer.smt.peft_export import export_supertuning
 

@@ -14,8 +14,6 @@ from spallm_serve.trainer.lut.method import LutSettings
 from spallm_serve.trainer.smt.method import SmtSettings
 from spallm_serve.trainer.sparselora.settings import SparseLoraSettings
 
-_MAX_CONFIG_BYTES = 1 << 20
-
 
 class TrainSettings(BaseModel):
     """Settings of a run; the sections ``lut``, ``smt`` and ``sparselora`` are the methods' own."""
@@ -125,28 +123,6 @@ def parse_train_settings(raw: dict[str, Any]) -> TrainSettings:
         raise UserError(
             f"{field or 'settings'}: {problem['msg'].removeprefix('Value error, ')}{given}"
         ) from error
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings that a YAML file gives, not yet validated.
-
-    Raises:
-        UserError: no such file, not YAML, or no mapping.
-    """
-    try:
-        with path.open("rb") as file:
-            text = file.read(_MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror})") from error
-    if len(text) > _MAX_CONFIG_BYTES:
-        raise UserError(f"{path}: larger than {_MAX_CONFIG_BYTES} bytes")
-    try:
-        raw = yaml.safe_load(text)
-    except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not YAML ({' '.join(str(error).split())})") from error
-    if not isinstance(raw, dict):
-        raise UserError(f"{path}: expected settings as KEY: VALUE")
-    return raw
 
 
 def commented_config() -> str:
