@@ -1,0 +1,1 @@
+"""Routes of ours beside the engine's own."""
