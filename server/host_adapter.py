@@ -1,0 +1,191 @@
+"""An adapter as the layers of a worker take it: read, held against the base, cut to its share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from spallm_serve.adapter import (
+    BLOCK_INDEX,
+    BLOCKS,
+    ROWS,
+    Adapter,
+    LoraConfig,
+    LutConfig,
+    SmtConfig,
+    lora_modules,
+)
+from spallm_serve.adapter_files import read_adapter
+from spallm_serve.checkpoint import TABLES
+from spallm_serve.errors import UserError
+from spallm_serve.server.sharding import Shard
+from spallm_serve.server.slotted import Addition, SlottedLinear
+from spallm_serve.trainer.smt.ops import BlockLayout, block_delta
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a linear of the model is in a worker.
+
+    Attributes:
+        layer: the merged layer's name.
+        number: of the linear in it.
+        shard: the worker's share.
+        all_rows: of the whole linear.
+    """
+
+    layer: str
+    number: int
+    shard: Shard
+    all_rows: int
+
+
+@dataclass(frozen=True)
+class ServedLayers:
+    """The compressed layers of a worker.
+
+    Attributes:
+        base_digest: of the base.
+        layers: the merged ones, by name.
+        places: of the model's own linears, by their names in the checkpoint.
+    """
+
+    base_digest: str
+    layers: Mapping[str, SlottedLinear]
+    places: Mapping[str, Place]
+
+    @property
+    def slot_bytes(self) -> int:
+        """What the tables of one slot take."""
+        return sum(layer.slot_bytes for layer in self.layers.values())
+
+
+@dataclass(frozen=True)
+class HostAdapter:
+    """What goes into a slot.
+
+    Attributes:
+        tables, additions: by layer, and in it by the number of the linear.
+        nbytes: of all tensors.
+    """
+
+    tables: Mapping[str, Mapping[int, Tensor]]
+    additions: Mapping[str, Mapping[int, Addition]]
+    nbytes: int
+
+    def fill(self, served: ServedLayers, slot: int) -> None:
+        """Put it into a slot that no token uses."""
+        for name, layer in served.layers.items():
+            layer.fill(slot, self.tables.get(name, {}), self.additions.get(name, {}))
+
+
+def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> HostAdapter:
+    """Read an adapter directory for a worker.
+
+    Args:
+        folder: see :func:`~spallm_serve.adapter_files.read_adapter`.
+        served: the worker's layers.
+        dtype: of the activations, for what is added to them.
+
+    Raises:
+        UserError: damaged, of another base, or of other shapes than the base's.
+    """
+    adapter = read_adapter(Path(folder), served.base_digest)
+    tables: dict[str, dict[int, Tensor]] = {}
+    additions: dict[str, dict[int, Addition]] = {}
+    for name, values in _tables(adapter, served):
+        place = served.places[name]
+        tables.setdefault(place.layer, {})[place.number] = values
+    for name, addition in _additions(adapter, served, dtype):
+        place = served.places[name]
+        additions.setdefault(place.layer, {})[place.number] = addition
+    return HostAdapter(tables, additions, adapter.nbytes)
+
+
+def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(adapter.config, LutConfig):
+        return
+    for name, tensor in adapter.tensors.items():
+        if not name.endswith((TABLES, ROWS)):
+            raise UserError(f"{name}: adapters that train normalisations cannot be served yet")
+        if not name.endswith(TABLES):
+            continue
+        module = name.removesuffix(TABLES)
+        place, base = _place(module, served), _base_tables(module, served)
+        rows = adapter.tensors.get(module + ROWS)
+        entries = base.shape[-1]
+        if tensor.shape[-1] != entries:
+            raise UserError(f"{name}: {tensor.shape[-1]} entries, the base's have {entries}")
+        if rows is None:
+            _expect(name, tensor.shape[0], place.all_rows, "rows")
+            own = place.shard.tables(tensor).contiguous()
+        else:
+            own = _with_rows(name, tensor, rows, place, base)
+        _expect(name, list(own.shape), list(base.shape), "shape")
+        yield module, own
+
+
+def _with_rows(name: str, tensor: Tensor, rows: Tensor, place: Place, base: Tensor) -> Tensor:
+    """The base's tables with those of some rows replaced; rows of other workers are left out."""
+    if int(rows[-1]) >= place.all_rows:  # they ascend
+        raise UserError(f"{name}: row {int(rows[-1])}, the base has {place.all_rows}")
+    first = place.shard.row
+    here = (rows >= first) & (rows < first + place.shard.rows)
+    columns = Shard(0, len(tensor), place.shard.column, place.shard.columns,
+                    place.shard.all_columns)  # fmt: skip
+    values = columns.tables(tensor)[here]
+    _expect(name, list(values.shape[1:]), list(base.shape[1:]), "shape of a row")
+    return base.index_copy(0, (rows[here] - first).long().to(base.device), values.to(base))
+
+
+def _additions(
+    adapter: Adapter, served: ServedLayers, dtype: torch.dtype
+) -> Iterator[tuple[str, Addition]]:
+    if isinstance(adapter.config, LoraConfig):
+        for name, (a, b) in lora_modules(adapter).items():
+            place = _place(name, served)
+            _expect(name, a.shape[1], place.shard.all_columns, "inputs of lora_A")
+            _expect(name, b.shape[0], place.all_rows, "outputs of lora_B")
+            down = place.shard.inputs(a).to(dtype).T.contiguous()
+            up = (adapter.config.scale * place.shard.outputs(b).float()).to(dtype).T.contiguous()
+            yield name, _lora(down, up)
+    elif isinstance(adapter.config, SmtConfig):
+        for name in adapter.modules(BLOCKS):
+            place = _place(name, served)
+            if not place.shard.is_whole(place.all_rows):
+                raise UserError(f"{name}: blocks of shared-out layers cannot be served yet")
+            index, size = adapter.tensors[name + BLOCK_INDEX], adapter.config.block_size
+            edge = (index.max(0).values * size).tolist()
+            if edge[0] >= place.all_rows or edge[1] >= place.shard.all_columns:
+                raise UserError(f"{name}{BLOCK_INDEX}: a block is outside of the layer")
+            yield name, _blocks(adapter.tensors[name + BLOCKS].to(dtype), index, size)
+
+
+def _lora(down: Tensor, up: Tensor) -> Addition:
+    return lambda y, x: torch.addmm(y, x @ down, up)
+
+
+def _blocks(blocks: Tensor, index: Tensor, size: int) -> Addition:
+    layout = BlockLayout.of(index, size)
+    return lambda y, x: block_delta(y, x, blocks, layout)
+
+
+def _place(name: str, served: ServedLayers) -> Place:
+    if name not in served.places:
+        raise UserError(f"{name}: the base has no such compressed layer")
+    return served.places[name]
+
+
+def _base_tables(name: str, served: ServedLayers) -> Tensor:
+    place = served.places[name]
+    layer = served.layers[place.layer]
+    return layer.base_tables(layer.parts[place.number])
+
+
+def _expect(name: str, found: object, expected: object, what: str) -> None:
+    if found != expected:
+        raise UserError(f"{name}: {what} {found}, the base has {expected}")

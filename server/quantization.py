@@ -1,0 +1,299 @@
+"""vLLM's quantization method ``spallm``: compressed layers with tables for each slot."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from vllm.config import get_current_vllm_config
+from vllm.model_executor.layers.linear import (
+    LinearBase,
+    LinearMethodBase,
+    QKVParallelLinear,
+    RowParallelLinear,
+    UnquantizedLinearMethod,
+)
+from vllm.model_executor.layers.quantization.base_config import (
+    QuantizationConfig,
+    QuantizeMethodBase,
+)
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    VocabParallelEmbedding,
+)
+from vllm.model_executor.models.utils import WeightsMapper
+
+from spallm_serve.checkpoint import (
+    CODES,
+    ESTIMATOR_A,
+    ESTIMATOR_B,
+    QUANT_METHOD,
+    TABLES,
+    SketchConfig,
+    parse_sketch_config,
+)
+from spallm_serve.errors import UserError
+from spallm_serve.kernels.packing import unpack_codes
+from spallm_serve.kernels.reference import dequantize
+from spallm_serve.server.host_adapter import Place
+from spallm_serve.server.sharding import Shard
+from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
+
+_QKV = {"q": 0, "k": 1, "v": 2}
+# Compute capability; the Triton programs are compiled for Ampere and later.
+_AMPERE = 80
+
+
+class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
+    """What a checkpoint of ours says, and what its layers have in common.
+
+    Args:
+        sketch: its ``quantization_config``.
+
+    Attributes:
+        step: which slot each token of the current step uses.
+        sampled: the same for the tokens whose logits are computed.
+    """
+
+    def __init__(self, sketch: SketchConfig) -> None:
+        super().__init__()
+        self.sketch = sketch
+        self.step = StepSlots()
+        self.sampled = StepSlots()
+
+    def get_name(self) -> str:
+        """``spallm``."""
+        return QUANT_METHOD
+
+    def get_supported_act_dtypes(self) -> list[torch.dtype]:
+        """All that the kernels take."""
+        return [torch.bfloat16, torch.float16, torch.float32]
+
+    @classmethod
+    def get_min_capability(cls) -> int:
+        """Of GPUs."""
+        return _AMPERE
+
+    @staticmethod
+    def get_config_filenames() -> list[str]:
+        """None: it is in ``config.json``."""
+        return []
+
+    @classmethod
+    def from_config(cls, config: dict[str, Any]) -> SpallmQuantization:
+        """From ``quantization_config``.
+
+        Raises:
+            UserError: see :func:`~spallm_serve.checkpoint.parse_sketch_config`.
+        """
+        return cls(parse_sketch_config(config, "quantization_config"))
+
+    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+        """How a layer is multiplied; None leaves it to vLLM."""
+        names = self._parts(prefix)
+        skipped = {name in self.sketch.skipped for name in names}
+        if len(skipped) > 1:
+            raise UserError(
+                f"{prefix}: of {', '.join(names)}, which are merged, some are compressed and some "
+                "are not; compress the model again with all or none of them in --skip"
+            )
+        if isinstance(layer, LinearBase):
+            return UnquantizedLinearMethod() if True in skipped else SpallmLinear(self, names)
+        if isinstance(layer, ParallelLMHead):
+            return None if True in skipped else SpallmHead(self, names)
+        if isinstance(layer, VocabParallelEmbedding) and prefix in self.sketch.embeddings:
+            return SpallmEmbedding()
+        return None
+
+    def get_checkpoint_weight_mapper(self) -> WeightsMapper:
+        """vLLM reads every safetensors file of a checkpoint; estimators are for training."""
+        return WeightsMapper(orig_to_new_suffix={ESTIMATOR_A: None, ESTIMATOR_B: None})
+
+    def _parts(self, prefix: str) -> list[str]:
+        """The linears in the checkpoint that a layer of vLLM's stands for."""
+        parent, dot, leaf = prefix.rpartition(".")
+        return [parent + dot + part for part in self.packed_modules_mapping.get(leaf, [leaf])]
+
+
+class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
+    """Multiplies by codes that are held once and the tables of each token's slot.
+
+    Args:
+        config: of the model.
+        names: the linears in the checkpoint, in the order of their outputs.
+    """
+
+    def __init__(self, config: SpallmQuantization, names: list[str]) -> None:
+        self._config = config
+        self._names = names
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Prepare to be loaded: bits, and so shapes, may differ from linear to linear."""
+        loader = _Loader(layer, input_size_per_partition, output_partition_sizes, input_size)
+        loader.attach()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Merge what was loaded; see :class:`SlottedLinear`."""
+        loader: _Loader = layer.spallm_loader
+        lora = get_current_vllm_config().lora_config
+        slots = 1 + (lora.max_loras if lora is not None else 0)
+        layer.spallm = SlottedLinear.of(loader.linears(self._names), slots)
+        layer.spallm_places = {
+            name: Place(layer.prefix, number, loader.shards[number], loader.rows[number])
+            for number, name in enumerate(self._names)
+        }
+        loader.detach()
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [..., in] -> [..., out]``."""
+        slotted: SlottedLinear = layer.spallm
+        return slotted(x, bias, self._config.step)
+
+
+class SpallmHead(SpallmLinear):
+    """An output head with codes of its own, or one that reads those of the embedding."""
+
+    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+        """The head is the embedding from now on."""
+        layer.spallm_loader.detach()
+        return embed_tokens
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``x [tokens, width] -> [tokens, vocabulary]``."""
+        slotted: SlottedLinear = layer.spallm
+        return slotted(x, bias, self._config.sampled)
+
+
+class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
+    """A token embedding from codes and tables; as a tied head it gives logits, too.
+
+    It has the base's tables in every slot.
+    """
+
+    def create_weights(
+        self,
+        layer: nn.Module,
+        input_size_per_partition: int,
+        output_partition_sizes: list[int],
+        input_size: int,
+        output_size: int,
+        params_dtype: torch.dtype,
+        **extra_weight_attrs: Any,
+    ) -> None:
+        """Prepare to be loaded."""
+        layer.spallm_dtype = params_dtype
+        indices = layer.shard_indices
+        first = indices.org_vocab_start_index
+        rows = indices.org_vocab_end_index - first
+        loader = _Loader(layer, input_size, [rows], input_size)
+        loader.shards = [Shard(first, rows, 0, input_size, input_size)]
+        loader.attach()
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Keep the planes: single rows are looked up in them."""
+        (whole,) = layer.spallm_loader.linears([layer.prefix])
+        layer.spallm_rows = whole
+        layer.spallm = SlottedLinear.of([whole], 1)
+        layer.spallm_loader.detach()
+
+    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+        """``ids [...] -> [..., width]``."""
+        whole: Sketched = layer.spallm_rows
+        ids = input_.reshape(-1)
+        codes = unpack_codes(whole.planes[:, ids], whole.columns)
+        rows = dequantize(codes, whole.tables[ids].to(layer.spallm_dtype))
+        return rows.view(*input_.shape, whole.columns)
+
+    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """Logits of a tied head, ``x [tokens, width] -> [tokens, vocabulary]``."""
+        slotted: SlottedLinear = layer.spallm
+        return slotted(x, bias, StepSlots())
+
+
+class _Loader:
+    """Takes codes and tables as they come, each the worker's share, until the layer is made.
+
+    Args:
+        layer: of vLLM's.
+        columns: inputs of the worker.
+        rows: outputs of the worker, of each linear.
+        all_columns: inputs.
+    """
+
+    def __init__(self, layer: nn.Module, columns: int, rows: list[int], all_columns: int) -> None:
+        self._layer = layer
+        self._loaded: dict[tuple[str, int], Tensor] = {}
+        self.rows: dict[int, int] = {}
+        self.shards = [
+            Shard(_first_row(layer, number, own), own, _first_column(layer, columns), columns,
+                  all_columns)
+            for number, own in enumerate(rows)
+        ]  # fmt: skip
+
+    def attach(self) -> None:
+        """Give the layer parameters that take what is loaded."""
+        for ending in (CODES, TABLES):
+            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
+            parameter.weight_loader = self._taking(ending)  # type: ignore[attr-defined]
+            self._layer.register_parameter(ending.removeprefix("."), parameter)
+        self._layer.spallm_loader = self
+
+    def detach(self) -> None:
+        """Nothing more is loaded."""
+        for ending in (CODES, TABLES):
+            delattr(self._layer, ending.removeprefix("."))
+        self._loaded.clear()
+
+    def linears(self, names: list[str]) -> list[Sketched]:
+        """What was loaded.
+
+        Raises:
+            UserError: something was not.
+        """
+        found = []
+        for number, name in enumerate(names):
+            for ending in (CODES, TABLES):
+                if (ending, number) not in self._loaded:
+                    raise UserError(f"{name}{ending}: is not in the checkpoint")
+            planes, tables = (self._loaded[ending, number] for ending in (CODES, TABLES))
+            found.append(Sketched(planes, tables, self.shards[number].columns))
+        return found
+
+    def _taking(self, ending: str) -> Any:
+        def take(parameter: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
+            number = _QKV[shard] if isinstance(shard, str) else shard or 0
+            own = self.shards[number]
+            if ending == CODES:
+                self.rows[number] = loaded.shape[1]
+                kept = own.planes(loaded)
+            else:
+                kept = own.tables(loaded)
+            self._loaded[ending, number] = kept.clone()
+
+        return take
+
+
+def _first_row(layer: nn.Module, number: int, rows: int) -> int:
+    """Where a worker's outputs of a linear begin."""
+    if isinstance(layer, RowParallelLinear) or getattr(layer, "tp_size", 1) == 1:
+        return 0
+    rank = int(layer.tp_rank)
+    if isinstance(layer, QKVParallelLinear) and number > 0:
+        # Workers beyond the number of key heads hold copies.
+        rank //= int(layer.num_kv_head_replicas)
+    return rank * rows
+
+
+def _first_column(layer: nn.Module, columns: int) -> int:
+    """Where a worker's inputs begin."""
+    return int(layer.tp_rank) * columns if isinstance(layer, RowParallelLinear) else 0

@@ -1,0 +1,206 @@
+"""A compressed layer with a set of tables for each slot, and what adapters add to it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from spallm_serve.kernels import lut_linear, prepare_codes
+
+# Takes the outputs [tokens, rows of the part] and the inputs [tokens, in] of one adapter's tokens.
+Addition = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass
+class StepSlots:
+    """Which slot each token of the current step uses; slot 0 is the base.
+
+    Attributes:
+        slots: int32 ``[tokens]``, or None where all tokens use the same slot.
+        only: that slot.
+        runs: of each slot but the base's that has tokens, their places, int64.
+    """
+
+    slots: Tensor | None = None
+    only: int = 0
+    runs: tuple[tuple[int, Tensor], ...] = ()
+
+    @classmethod
+    def of(cls, slots: Sequence[int], device: torch.device | str = "cpu") -> StepSlots:
+        """Of the slot of each token."""
+        tensor = torch.tensor(slots, dtype=torch.int32)
+        present = sorted(set(slots))
+        runs = tuple(
+            (slot, (tensor == slot).nonzero().flatten().to(device)) for slot in present if slot
+        )
+        if len(present) <= 1:
+            return cls(None, present[0] if present else 0, runs)
+        return cls(tensor.to(device), 0, runs)
+
+    def first(self, tokens: int) -> Tensor | None:
+        """The slots of a batch that may have been padded; padding uses the base."""
+        if self.slots is None or len(self.slots) == tokens:
+            return self.slots
+        padded = self.slots.new_zeros(tokens)
+        padded[: len(self.slots)] = self.slots
+        return padded
+
+
+@dataclass(frozen=True)
+class Sketched:
+    """A linear as a checkpoint has it, or its share of one.
+
+    Attributes:
+        planes: uint8 ``[bits, out, ceil(in / 8)]``.
+        tables: float16 ``[out, groups, 2**bits]``.
+        columns: in.
+    """
+
+    planes: Tensor
+    tables: Tensor
+    columns: int
+
+
+@dataclass
+class _Segment:
+    """Linears of one format, their rows one below the other; ``tables [slots, out, groups, k]``."""
+
+    codes: dict[torch.dtype, Tensor]
+    planes: Tensor
+    columns: int
+    tables: Tensor
+
+    def codes_for(self, dtype: torch.dtype) -> Tensor:
+        if dtype not in self.codes:
+            # What inference mode makes could not take part in anything else later.
+            with torch.inference_mode(False):
+                self.codes[dtype] = prepare_codes(
+                    self.planes, self.columns, self.tables.shape[2], dtype
+                )
+        return self.codes[dtype]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One linear of a merged layer.
+
+    Attributes:
+        segment: which one holds it.
+        start: its first row there.
+        offset: its first row in the layer's output.
+        rows: how many it has.
+    """
+
+    segment: int
+    start: int
+    offset: int
+    rows: int
+
+
+@dataclass
+class SlottedLinear:
+    """Linears that read one input, merged into one layer: q, k and v, or gate and up, or one alone.
+
+    Their codes are held once. Linears of one format are multiplied together, whatever tables each
+    token uses.
+
+    Attributes:
+        parts: the linears in the order of their outputs.
+    """
+
+    parts: list[Part]
+    _segments: list[_Segment]
+    _added: dict[int, list[tuple[Part, Addition]]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, linears: Sequence[Sketched], slots: int) -> SlottedLinear:
+        """Merge linears.
+
+        Args:
+            linears: all with the same ``columns``.
+            slots: sets of tables, the base's included; all are the base's to begin with.
+        """
+        parts: list[Part] = []
+        members: list[list[Sketched]] = []
+        formats: list[tuple[int, ...]] = []
+        offset = 0
+        for linear in linears:
+            # Neighbours only: the outputs of a segment lie side by side.
+            shape = tuple(linear.tables.shape[1:])
+            if not formats or formats[-1] != shape:
+                formats.append(shape)
+                members.append([])
+            start = sum(len(other.tables) for other in members[-1])
+            members[-1].append(linear)
+            rows = len(linear.tables)
+            parts.append(Part(len(members) - 1, start, offset, rows))
+            offset += rows
+        return cls(parts, [_segment(each, slots) for each in members])
+
+    def __call__(self, x: Tensor, bias: Tensor | None, step: StepSlots) -> Tensor:
+        """``x [..., in] -> [..., out]``, each token by the tables of its slot."""
+        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        slots = step.first(len(flat))
+        outputs = [
+            lut_linear(
+                flat,
+                segment.codes_for(x.dtype),
+                segment.tables if slots is not None else segment.tables[step.only, None],
+                slots,
+            )
+            for segment in self._segments
+        ]
+        y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
+        if bias is not None:
+            y = y + bias
+        self._add(y, flat, step)
+        return y.view(*x.shape[:-1], y.shape[-1])
+
+    def base_tables(self, part: Part) -> Tensor:
+        """The base's tables of a linear, ``[out, groups, 2**bits]``."""
+        return self._tables(0, part)
+
+    def fill(
+        self,
+        slot: int,
+        tables: Mapping[int, Tensor],
+        additions: Mapping[int, Addition],
+    ) -> None:
+        """Put an adapter into a slot that no token uses.
+
+        Args:
+            slot: not 0.
+            tables: by the number of the linear; those that are not there are the base's.
+            additions: by the number of the linear.
+        """
+        for number, part in enumerate(self.parts):
+            own = tables.get(number)
+            self._tables(slot, part).copy_(self.base_tables(part) if own is None else own)
+        self._added.pop(slot, None)
+        if additions:
+            self._added[slot] = [(self.parts[number], add) for number, add in additions.items()]
+
+    @property
+    def slot_bytes(self) -> int:
+        """What the tables of one slot take."""
+        return sum(segment.tables[0].nbytes for segment in self._segments)
+
+    def _tables(self, slot: int, part: Part) -> Tensor:
+        tables = self._segments[part.segment].tables[slot]
+        return tables[part.start : part.start + part.rows]
+
+    def _add(self, y: Tensor, x: Tensor, step: StepSlots) -> None:
+        for slot, tokens in step.runs:
+            for part, add in self._added.get(slot, ()):
+                columns = slice(part.offset, part.offset + part.rows)
+                y[tokens, columns] = add(y[tokens, columns], x[tokens])
+
+
+def _segment(linears: Sequence[Sketched], slots: int) -> _Segment:
+    planes = torch.cat([linear.planes for linear in linears], dim=1)
+    tables = torch.cat([linear.tables for linear in linears])
+    every_slot = tables.expand(slots, *tables.shape).contiguous()
+    return _Segment({}, planes, linears[0].columns, every_slot)
