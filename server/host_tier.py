@@ -43,9 +43,13 @@ class HostTier(Generic[Held]):
                 done: Future[Held] = Future()
                 done.set_result(self._held[folder])
                 return done
-            if folder not in self._loading:
-                self._loading[folder] = self._threads.submit(self._load_into, folder)
-            return self._loading[folder]
+            future = self._loading.get(folder)
+            if future is None:
+                future = self._loading[folder] = self._threads.submit(self._load_into, folder)
+            elif future.done():
+                # It failed; whoever asks hears of it once, the next one has it tried again.
+                del self._loading[folder]
+            return future
 
     def get(self, folder: str) -> Held:
         """An adapter; waits for it if it is not here yet."""
@@ -68,15 +72,12 @@ class HostTier(Generic[Held]):
             return list(self._held)
 
     def _load_into(self, folder: str) -> Held:
-        try:
-            loaded = self._load(folder)
-            with self._lock:
-                self._held[folder] = loaded
-                self._shrink()
-            return loaded
-        finally:
-            with self._lock:
-                self._loading.pop(folder, None)
+        loaded = self._load(folder)
+        with self._lock:
+            self._held[folder] = loaded
+            self._loading.pop(folder, None)
+            self._shrink()
+        return loaded
 
     def _shrink(self) -> None:
         total = sum(held.nbytes for held in self._held.values())

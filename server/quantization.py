@@ -40,6 +40,7 @@ from spallm_serve.server.host_adapter import Place
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
 
+# Layers are typed Any: they are vLLM's, and carry what it and we put on them.
 _QKV = {"q": 0, "k": 1, "v": 2}
 # Compute capability; the Triton programs are compiled for Ampere and later.
 _AMPERE = 80
@@ -89,7 +90,7 @@ class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
         """
         return cls(parse_sketch_config(config, "quantization_config"))
 
-    def get_quant_method(self, layer: nn.Module, prefix: str) -> QuantizeMethodBase | None:
+    def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is multiplied; None leaves it to vLLM."""
         names = self._parts(prefix)
         skipped = {name in self.sketch.skipped for name in names}
@@ -102,8 +103,10 @@ class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
             return UnquantizedLinearMethod() if True in skipped else SpallmLinear(self, names)
         if isinstance(layer, ParallelLMHead):
             return None if True in skipped else SpallmHead(self, names)
-        if isinstance(layer, VocabParallelEmbedding) and prefix in self.sketch.embeddings:
-            return SpallmEmbedding()
+        # Some models, Llama among them, do not say where their token embedding is.
+        embeddings = self.sketch.embeddings
+        if isinstance(layer, VocabParallelEmbedding) and (prefix in embeddings or not prefix):
+            return SpallmEmbedding() if embeddings else None
         return None
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
@@ -130,7 +133,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -142,7 +145,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
         loader = _Loader(layer, input_size_per_partition, output_partition_sizes, input_size)
         loader.attach()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Merge what was loaded; see :class:`SlottedLinear`."""
         loader: _Loader = layer.spallm_loader
         lora = get_current_vllm_config().lora_config
@@ -154,7 +157,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
         }
         loader.detach()
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., in] -> [..., out]``."""
         slotted: SlottedLinear = layer.spallm
         return slotted(x, bias, self._config.step)
@@ -163,12 +166,12 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
 class SpallmHead(SpallmLinear):
     """An output head with codes of its own, or one that reads those of the embedding."""
 
-    def tie_weights(self, layer: nn.Module, embed_tokens: nn.Module) -> nn.Module:
+    def tie_weights(self, layer: Any, embed_tokens: Any) -> Any:
         """The head is the embedding from now on."""
         layer.spallm_loader.detach()
         return embed_tokens
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [tokens, width] -> [tokens, vocabulary]``."""
         slotted: SlottedLinear = layer.spallm
         return slotted(x, bias, self._config.sampled)
@@ -182,7 +185,7 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
 
     def create_weights(
         self,
-        layer: nn.Module,
+        layer: Any,
         input_size_per_partition: int,
         output_partition_sizes: list[int],
         input_size: int,
@@ -199,14 +202,14 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
         loader.shards = [Shard(first, rows, 0, input_size, input_size)]
         loader.attach()
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the planes: single rows are looked up in them."""
         (whole,) = layer.spallm_loader.linears([layer.prefix])
         layer.spallm_rows = whole
         layer.spallm = SlottedLinear.of([whole], 1)
         layer.spallm_loader.detach()
 
-    def embedding(self, layer: nn.Module, input_: Tensor) -> Tensor:
+    def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """``ids [...] -> [..., width]``."""
         whole: Sketched = layer.spallm_rows
         ids = input_.reshape(-1)
@@ -214,7 +217,7 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
         rows = dequantize(codes, whole.tables[ids].to(layer.spallm_dtype))
         return rows.view(*input_.shape, whole.columns)
 
-    def apply(self, layer: nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
+    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of a tied head, ``x [tokens, width] -> [tokens, vocabulary]``."""
         slotted: SlottedLinear = layer.spallm
         return slotted(x, bias, StepSlots())
@@ -230,7 +233,7 @@ class _Loader:
         all_columns: inputs.
     """
 
-    def __init__(self, layer: nn.Module, columns: int, rows: list[int], all_columns: int) -> None:
+    def __init__(self, layer: Any, columns: int, rows: list[int], all_columns: int) -> None:
         self._layer = layer
         self._loaded: dict[tuple[str, int], Tensor] = {}
         self.rows: dict[int, int] = {}
@@ -283,7 +286,7 @@ class _Loader:
         return take
 
 
-def _first_row(layer: nn.Module, number: int, rows: int) -> int:
+def _first_row(layer: Any, number: int, rows: int) -> int:
     """Where a worker's outputs of a linear begin."""
     if isinstance(layer, RowParallelLinear) or getattr(layer, "tp_size", 1) == 1:
         return 0
@@ -294,6 +297,6 @@ def _first_row(layer: nn.Module, number: int, rows: int) -> int:
     return rank * rows
 
 
-def _first_column(layer: nn.Module, columns: int) -> int:
+def _first_column(layer: Any, columns: int) -> int:
     """Where a worker's inputs begin."""
     return int(layer.tp_rank) * columns if isinstance(layer, RowParallelLinear) else 0

@@ -19,11 +19,11 @@ from vllm.v1.worker import lora_model_runner_mixin as mixin
 from vllm.version import __version__ as VLLM_VERSION
 
 from spallm_serve.errors import UserError
-from spallm_serve.server.host_adapter import HostAdapter, ServedLayers, load_host_adapter
+from spallm_serve.server.host_adapter import HostAdapter, Place, ServedLayers, load_host_adapter
 from spallm_serve.server.host_tier import HostTier
 from spallm_serve.server.quantization import SpallmQuantization
 from spallm_serve.server.slots import BASE_SLOT, SlotBook
-from spallm_serve.server.slotted import StepSlots
+from spallm_serve.server.slotted import SlottedLinear, StepSlots
 
 TESTED_VERSIONS = ("0.32.",)
 # Where the host tier's budget is put for the workers; they are processes of their own.
@@ -90,7 +90,9 @@ class SlotManager:
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
         """Find the compressed layers; the model stays as it is."""
-        layers, places = {}, {}
+        layers: dict[str, SlottedLinear] = {}
+        places: dict[str, Place] = {}
+        module: Any
         for module in model.modules():
             if hasattr(module, "spallm_places"):
                 layers[module.prefix] = module.spallm

