@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,17 +13,18 @@ from typing import Any
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from spallm_serve.adapters_store.records import Principal, Quota, Resolved
 from spallm_serve.server.body import read_json, with_body
-from spallm_serve.server.directory import Caller, Directory, Target
+from spallm_serve.server.directory import Directory
 from spallm_serve.server.errors import ApiError, forbidden, model_not_found, not_found, unauthorized
-from spallm_serve.server.limits import Quota, TenantLimiter
+from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metering import Meter, Usage
 from spallm_serve.server.metrics import RequestWatch, TenantMetrics
 from spallm_serve.server.request_policy import RequestCaps, prepare_request
 from spallm_serve.server.salt import cache_salt
-from spallm_serve.server.scopes import Access, Route, declared
+from spallm_serve.server.scopes import Route, declared
 
-CALLER = "spallm.caller"
+PRINCIPAL = "spallm.principal"
 ADAPTER_HEADER = "x-spallm-adapter"
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
@@ -47,7 +48,7 @@ class GateSettings:
     body_bytes: int = 4 * 2**20
     body_seconds: float = 30.0
     caps: RequestCaps = field(default_factory=RequestCaps)
-    anonymous: Caller | None = None
+    anonymous: Principal | None = None
 
 
 class Gate:
@@ -62,6 +63,7 @@ class Gate:
         directory: of tenants and adapters.
         limiter: of requests and tokens.
         metrics: of tenants.
+        loaded: waits until the engine has an adapter in memory.
         settings: see :class:`GateSettings`.
     """
 
@@ -71,12 +73,14 @@ class Gate:
         directory: Directory,
         limiter: TenantLimiter,
         metrics: TenantMetrics,
+        loaded: Callable[[Resolved], Awaitable[None]],
         settings: GateSettings,
     ) -> None:
         self._app = app
         self._directory = directory
         self._limiter = limiter
         self._metrics = metrics
+        self._loaded = loaded
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -98,73 +102,79 @@ class Gate:
     async def _handle(self, scope: Scope, receive: Receive, respond: _Responding) -> None:
         method, path = scope["method"], scope["path"]
         route = declared(method, path)
-        if route is not None and route.access is Access.PUBLIC:
+        if route is not None and route.scope is None:
             await self._app(scope, receive, respond)
             return
-        caller = await self._caller(scope)
+        principal = await self._principal(scope)
         if route is None:
             raise not_found(path)
-        if route.access.value not in caller.scopes:
-            raise forbidden(route.access.value)
-        scope = {**scope, CALLER: caller}
-        if route.access is not Access.INFER or not route.names_model:
+        if route.scope is not None and not principal.may(route.scope):
+            raise forbidden(route.scope)
+        scope = {**scope, PRINCIPAL: principal}
+        if not route.names_model:
             await self._app(scope, receive, respond)
             return
-        await self._infer(scope, receive, respond, route, caller)
+        await self._infer(scope, receive, respond, route, principal)
 
-    async def _caller(self, scope: Scope) -> Caller:
+    async def _principal(self, scope: Scope) -> Principal:
         kind, _, bearer = Headers(scope=scope).get("authorization", "").partition(" ")
         if not bearer and self._settings.anonymous is not None:
             return self._settings.anonymous
         if kind.lower() != "bearer" or not bearer.strip():
             raise unauthorized()
-        caller = await asyncio.to_thread(self._directory.caller, bearer.strip())
-        if caller is None:
+        principal = await asyncio.to_thread(self._directory.authenticate, bearer.strip())
+        if principal is None:
             raise unauthorized()
-        return caller
+        return principal
 
     async def _infer(
-        self, scope: Scope, receive: Receive, respond: _Responding, route: Route, caller: Caller
+        self,
+        scope: Scope,
+        receive: Receive,
+        respond: _Responding,
+        route: Route,
+        principal: Principal,
     ) -> None:
-        quota = await asyncio.to_thread(self._directory.quota, caller.tenant)
+        quota = await asyncio.to_thread(self._directory.quota, principal.tenant)
         with ExitStack() as running:
-            running.enter_context(respond.watched(self._metrics.watch(caller.tenant)))
-            respond.headers |= running.enter_context(self._limiter.admitted(caller.tenant, quota))
+            running.enter_context(respond.watched(self._metrics.watch(principal.tenant)))
+            respond.headers |= running.enter_context(
+                self._limiter.admitted(principal.tenant, quota)
+            )
             body = await read_json(receive, self._settings.body_bytes, self._settings.body_seconds)
-            target = await self._target(caller, body)
-            salt = cache_salt(self._settings.secret, caller.tenant)
-            prepared = prepare_request(body, target.engine_name, salt, self._settings.caps)
+            resolved = await self._resolve(principal, body)
+            await self._loaded(resolved)
+            salt = cache_salt(self._settings.secret, principal.tenant)
+            prepared = prepare_request(body, resolved.engine_name, salt, self._settings.caps)
             respond.meter = _meter(prepared, route, scope["path"])
-            respond.headers[ADAPTER_HEADER] = target.engine_name
+            respond.headers[ADAPTER_HEADER] = resolved.engine_name
             scope, receive = with_body(scope, receive, prepared)
             try:
                 await self._app(scope, receive, respond)
             finally:
-                await self._count(caller, quota, target, respond)
+                self._count(principal, quota, resolved, respond)
 
-    async def _target(self, caller: Caller, body: dict[str, Any]) -> Target:
+    async def _resolve(self, principal: Principal, body: dict[str, Any]) -> Resolved:
         model = body.get("model")
         if not isinstance(model, str) or not 0 < len(model) <= _MAX_MODEL_NAME:
             raise ApiError(
                 400, "model: expected the name of a model", "missing_model", param="model"
             )
-        target = await asyncio.to_thread(self._directory.target, caller.tenant, model)
-        if target is None:
+        resolved = await asyncio.to_thread(self._directory.resolve, principal.tenant, model)
+        if resolved is None:
             raise model_not_found(model)
-        return target
+        return resolved
 
-    async def _count(
-        self, caller: Caller, quota: Quota, target: Target, respond: _Responding
+    def _count(
+        self, principal: Principal, quota: Quota, resolved: Resolved, respond: _Responding
     ) -> None:
         meter = respond.meter
         if meter is None or respond.status != 200:
             return
         if not respond.complete:
             meter.abandon()
-        self._limiter.charge(caller.tenant, quota, meter.usage.total)
-        # Also when the client's disconnect has cancelled this request.
-        recorded = asyncio.to_thread(self._directory.record, caller, target, meter.usage)
-        await asyncio.shield(recorded)
+        self._limiter.charge(principal.tenant, quota, meter.usage.total)
+        self._directory.record(principal.tenant, resolved, meter.usage)
 
 
 def _meter(body: dict[str, Any], route: Route, path: str) -> Meter:

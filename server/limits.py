@@ -7,28 +7,13 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 
 from limits import RateLimitItemPerMinute
 from limits.storage import storage_from_string
 from limits.strategies import FixedWindowRateLimiter
 
+from spallm_serve.adapters_store.records import Quota
 from spallm_serve.server.errors import ApiError
-
-
-@dataclass(frozen=True)
-class Quota:
-    """What a tenant may take; None is without limit.
-
-    Attributes:
-        requests_per_minute: that are begun.
-        tokens_per_minute: of prompts and of answers.
-        concurrent_requests: that run at a time, in this process.
-    """
-
-    requests_per_minute: int | None = None
-    tokens_per_minute: int | None = None
-    concurrent_requests: int | None = None
 
 
 class TenantLimiter:
@@ -84,6 +69,8 @@ class TenantLimiter:
         for kind, limit in kinds:
             if limit is None:
                 continue
+            if limit == 0:
+                raise _over(f"your quota is no {kind} at all", 60, headers)
             item = RateLimitItemPerMinute(limit)
             let_in = (
                 self._windows.hit(item, tenant, kind)

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from enum import Enum
 
-
-class Access(Enum):
-    """What a route asks of its caller.
-
-    ``PUBLIC`` needs no key. ``INFER`` is for requests to a model, ``ADAPTERS`` for a tenant's own
-    adapters and ``ADMIN`` for the operator; the values are the scopes that a key can have.
-    """
-
-    PUBLIC = "public"
-    INFER = "infer"
-    ADAPTERS = "adapters"
-    ADMIN = "admin"
+from spallm_serve.adapters_store.records import Scope
 
 
 @dataclass(frozen=True)
@@ -27,14 +15,14 @@ class Route:
     Attributes:
         methods: HTTP methods.
         pattern: of the whole path.
-        access: what it asks.
+        scope: what the key has to be good for; None needs no key.
         names_model: whether its JSON body names a model, so that it has to be resolved and given
             the tenant's salt before the engine sees it.
     """
 
     methods: frozenset[str]
     pattern: re.Pattern[str]
-    access: Access
+    scope: Scope | None
     names_model: bool = False
 
     def matches(self, method: str, path: str) -> bool:
@@ -43,33 +31,33 @@ class Route:
         return asked in self.methods and self.pattern.fullmatch(path) is not None
 
 
-def _route(methods: str, path: str, access: Access, names_model: bool = False) -> Route:
+def _route(methods: str, path: str, scope: Scope | None, names_model: bool = False) -> Route:
     pattern = re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(path)))
-    return Route(frozenset(methods.split()), pattern, access, names_model)
+    return Route(frozenset(methods.split()), pattern, scope, names_model)
 
 
 # Paths in the engine's server that are missing here (loading adapters by path, changing weights,
 # profiling, pausing, stored responses, which any key could read) answer as if they did not exist.
 ROUTES = (
-    _route("GET", "/livez", Access.PUBLIC),
-    _route("GET", "/readyz", Access.PUBLIC),
-    _route("POST", "/v1/chat/completions", Access.INFER, names_model=True),
-    _route("POST", "/v1/completions", Access.INFER, names_model=True),
-    _route("POST", "/v1/responses", Access.INFER, names_model=True),
-    _route("POST", "/v1/messages", Access.INFER, names_model=True),
-    _route("POST", "/v1/messages/count_tokens", Access.INFER, names_model=True),
-    _route("POST", "/tokenize", Access.INFER, names_model=True),
-    _route("POST", "/detokenize", Access.INFER, names_model=True),
-    _route("GET", "/v1/models", Access.INFER),
-    _route("GET", "/v1/models/{model}", Access.INFER),
-    _route("GET", "/version", Access.INFER),
-    _route("GET", "/v1/usage", Access.INFER),
-    _route("GET", "/v1/adapters", Access.ADAPTERS),
-    _route("POST", "/v1/adapters:validate", Access.ADAPTERS),
-    _route("GET PUT DELETE", "/v1/adapters/{name}", Access.ADAPTERS),
-    _route("GET", "/metrics", Access.ADMIN),
-    _route("GET", "/health", Access.ADMIN),
-    _route("GET", "/v1/residency", Access.ADMIN),
+    _route("GET", "/livez", None),
+    _route("GET", "/readyz", None),
+    _route("POST", "/v1/chat/completions", Scope.INFERENCE, names_model=True),
+    _route("POST", "/v1/completions", Scope.INFERENCE, names_model=True),
+    _route("POST", "/v1/responses", Scope.INFERENCE, names_model=True),
+    _route("POST", "/v1/messages", Scope.INFERENCE, names_model=True),
+    _route("POST", "/v1/messages/count_tokens", Scope.INFERENCE, names_model=True),
+    _route("POST", "/tokenize", Scope.INFERENCE, names_model=True),
+    _route("POST", "/detokenize", Scope.INFERENCE, names_model=True),
+    _route("GET", "/v1/models", Scope.INFERENCE),
+    _route("GET", "/v1/models/{model}", Scope.INFERENCE),
+    _route("GET", "/version", Scope.INFERENCE),
+    _route("GET", "/v1/usage", Scope.INFERENCE),
+    _route("GET", "/v1/adapters", Scope.ADAPTERS),
+    _route("POST", "/v1/adapters:validate", Scope.ADAPTERS),
+    _route("GET PUT POST DELETE", "/v1/adapters/{name}", Scope.ADAPTERS),
+    _route("GET", "/metrics", Scope.ADMIN),
+    _route("GET", "/health", Scope.ADMIN),
+    _route("GET", "/v1/residency", Scope.ADMIN),
 )
 
 

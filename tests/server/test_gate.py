@@ -16,16 +16,15 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
-from spallm_serve.server.directory import Caller, Target
-from spallm_serve.server.gate import CALLER, Gate, GateSettings
-from spallm_serve.server.limits import Quota, TenantLimiter
+from spallm_serve.adapters_store.records import Principal, Quota, Resolved, Scope
+from spallm_serve.server.gate import PRINCIPAL, Gate, GateSettings
+from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metering import Usage
 from spallm_serve.server.metrics import TenantLabels, TenantMetrics
 from spallm_serve.server.request_policy import REFUSED
 from spallm_serve.server.scopes import ROUTES, declared
 
 SECRET = bytes(range(32))
-EVERYTHING = frozenset({"infer", "adapters", "admin"})
 DIGEST = "ab" * 32
 
 
@@ -36,24 +35,36 @@ class Tenants:
     quotas: dict[str, Quota] = field(default_factory=dict)
     recorded: list[tuple[str, str, Usage]] = field(default_factory=list)
 
-    def caller(self, bearer: str) -> Caller | None:
-        scopes = {"acme-key": {"infer", "adapters"}, "zoo-key": {"infer"}, "root-key": {"admin"}}
+    def authenticate(self, bearer: str) -> Principal | None:
+        scopes = {
+            "acme-key": {Scope.INFERENCE, Scope.ADAPTERS},
+            "zoo-key": {Scope.INFERENCE},
+            "root-key": {Scope.ADMIN},
+            "push-key": {Scope.ADAPTERS},
+        }
         if bearer not in scopes:
             return None
-        return Caller(bearer.partition("-")[0], bearer, frozenset(scopes[bearer]))
+        tenant = bearer.partition("-")[0]
+        return Principal(tenant=tenant, scopes=frozenset(scopes[bearer]), key_id=bearer)
 
-    def target(self, tenant: str, model: str) -> Target | None:
+    def resolve(self, tenant: str, model: str) -> Resolved | None:
         if model == "base":
-            return Target("base", None)
+            return Resolved(owner=None, name="base", digest=None, kind=None, engine_name="base")
         if tenant == "acme" and model in ("support", "acme/support"):
-            return Target(f"acme/support@{DIGEST}", "acme/support")
+            return Resolved(
+                owner="acme",
+                name="support",
+                digest=DIGEST,
+                kind="SPALLM_LUT",
+                engine_name=f"acme/support@{DIGEST}",
+            )
         return None
 
     def quota(self, tenant: str) -> Quota:
         return self.quotas.get(tenant, Quota())
 
-    def record(self, caller: Caller, target: Target, usage: Usage) -> None:
-        self.recorded.append((caller.tenant, target.engine_name, usage))
+    def record(self, tenant: str, resolved: Resolved, usage: Usage) -> None:
+        self.recorded.append((tenant, resolved.engine_name, usage))
 
 
 class Engine:
@@ -61,6 +72,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.loaded: list[str] = []
         self.waiting = asyncio.Event()
         self.go_on = asyncio.Event()
         routes = [
@@ -76,10 +88,11 @@ class Engine:
         return JSONResponse({"reached": request.url.path})
 
     async def who(self, request: Request) -> Response:
-        return JSONResponse({"tenant": request.scope[CALLER].tenant})
+        return JSONResponse({"tenant": request.scope[PRINCIPAL].tenant})
 
     async def chat(self, request: Request) -> Response:
         body = await request.json()
+        assert body["model"] in self.loaded
         self.seen.append(body)
         if body.get("messages") == "wait":
             self.waiting.set()
@@ -109,7 +122,9 @@ class World:
     settings: GateSettings = field(default_factory=lambda: GateSettings(SECRET, body_seconds=0.3))
 
     def client(self, key: str | None) -> httpx.AsyncClient:
-        gate = Gate(self.engine.app, self.tenants, self.limiter, self.metrics, self.settings)
+        gate = Gate(
+            self.engine.app, self.tenants, self.limiter, self.metrics, self.load, self.settings
+        )
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
         transport = httpx.ASGITransport(gate)
         return httpx.AsyncClient(transport=transport, base_url="http://gate", headers=headers)
@@ -118,6 +133,9 @@ class World:
         self.limiter = TenantLimiter()
         self.registry = CollectorRegistry()
         self.metrics = TenantMetrics(TenantLabels(1), self.registry)
+
+    async def load(self, resolved: Resolved) -> None:
+        self.engine.loaded.append(resolved.engine_name)
 
     def ask(self, key: str | None, method: str, path: str, **more: Any) -> httpx.Response:
         async def asked() -> httpx.Response:
@@ -157,7 +175,7 @@ def test_what_is_not_declared_does_not_exist() -> None:
 
 
 def test_every_declared_route_says_what_it_asks() -> None:
-    public = {route.pattern.pattern for route in ROUTES if route.access.value == "public"}
+    public = {route.pattern.pattern for route in ROUTES if route.scope is None}
     assert public == {"/livez", "/readyz"}
 
 
@@ -165,7 +183,8 @@ def test_a_key_without_the_scope_is_refused() -> None:
     world = World()
     assert world.ask("acme-key", "GET", "/metrics").status_code == 403
     assert world.ask("root-key", "GET", "/metrics").status_code == 200
-    assert world.chat("root-key").status_code == 403
+    assert world.chat("push-key").status_code == 403
+    assert world.chat("root-key", model="base").status_code == 200
     assert world.ask("zoo-key", "PUT", "/v1/adapters/x").status_code == 403
     assert world.ask("acme-key", "PUT", "/v1/adapters/x").json() == {"tenant": "acme"}
 
@@ -309,7 +328,7 @@ def test_request_ids() -> None:
 
 
 def test_without_authentication_everybody_is_one_caller() -> None:
-    nobody = Caller("default", "none", EVERYTHING)
+    nobody = Principal(tenant="default", scopes=frozenset({Scope.ADMIN}), key_id="none")
     world = World(settings=GateSettings(SECRET, anonymous=nobody))
     assert world.chat(None, model="base").status_code == 200
     assert world.tenants.recorded[0][0] == "default"
