@@ -1,0 +1,1 @@
+"""How a catalogue is brought from one release's tables to the next's (alembic)."""
