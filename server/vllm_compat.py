@@ -227,3 +227,22 @@ class SlotWorkerExtension:
         """See :meth:`SlotManager.residency`."""
         manager: SlotManager = self.model_runner.lora_manager
         return manager.residency()
+
+
+def serve(flags: list[str]) -> None:
+    """Run vLLM's OpenAI server until a signal ends it.
+
+    Args:
+        flags: as for ``vllm serve``, the model by ``--model``.
+    """
+    import uvloop
+    from vllm.entrypoints.launchers.api_server.entry import run_server
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser, validate_parsed_serve_args
+    from vllm.entrypoints.serve.utils.api_utils import cli_env_setup
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    cli_env_setup()
+    parser = make_arg_parser(FlexibleArgumentParser(prog="spallm-serve BASE --"))
+    arguments = parser.parse_args(flags)
+    validate_parsed_serve_args(arguments)
+    uvloop.run(run_server(arguments))

@@ -1,0 +1,94 @@
+"""The entry point ``vllm.endpoint_plugins``: our routes, and the way adapters come."""
+
+from __future__ import annotations
+
+import asyncio
+from argparse import Namespace
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.datastructures import State
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from vllm import SamplingParams
+from vllm.lora.request import LoRARequest
+from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
+
+from spallm_serve.server import runtime
+from spallm_serve.server.errors import ApiError
+from spallm_serve.server.residency import Residency
+from spallm_serve.server.routes import adapters, health, models, operations
+
+NAME = "spallm-endpoints"
+_LOAD_SECONDS = 60.0
+_FLUSH_SECONDS = 2.0
+_ROUTES = (
+    ("GET", "/livez", health.livez),
+    ("GET", "/readyz", health.readyz),
+    ("GET", "/v1/models", models.list_models),
+    ("GET", "/v1/models/{model:path}", models.get_model),
+    ("GET", "/v1/usage", operations.usage),
+    ("GET", "/v1/residency", operations.residency),
+    ("GET", "/v1/adapters", adapters.list_adapters),
+    ("POST", "/v1/adapters:validate", adapters.validate_adapter),
+    ("PUT", "/v1/adapters/{name:path}", adapters.put_adapter),
+    ("GET", "/v1/adapters/{name:path}", adapters.get_adapter),
+    ("POST", "/v1/adapters/{name:path}", adapters.act_on_adapter),
+    ("DELETE", "/v1/adapters/{name:path}", adapters.delete_adapter),
+)
+
+
+class SpallmEndpoints:
+    """Our routes, for vLLM's server."""
+
+    name = NAME
+    required_tasks = ("generate",)
+
+    def attach_router(self, app: FastAPI) -> None:
+        """Add the routes; those of vLLM's with the same path and method are replaced."""
+        for method, path, endpoint in _ROUTES:
+            app.add_api_route(path, endpoint, methods=[method], response_model=None)
+        app.add_exception_handler(ApiError, _refused)
+        # Now, not with the state: vLLM looks for resolvers before that.
+        LoRAResolverRegistry.register_resolver(NAME, _GateResolver())
+
+    async def init_state(self, engine_client: Any, state: State, args: Namespace) -> None:
+        """The engine runs: from now on adapters can be brought to it."""
+        here = runtime.current()
+
+        async def call(method: str, arguments: tuple[Any, ...]) -> list[Any]:
+            answers: list[Any] = await engine_client.collective_rpc(method, args=arguments)
+            return answers
+
+        async def decode() -> None:
+            sampling = SamplingParams(max_tokens=1, temperature=0, detokenize=False)
+            prompt = {"prompt_token_ids": [0]}
+            async for _ in engine_client.generate(prompt, sampling, f"ready-{id(object())}"):
+                pass
+
+        here.residency = Residency(here.store.local_folder, call, _LOAD_SECONDS)
+        state.spallm_readiness = health.Readiness(decode, here.settings.ready_seconds)
+        state.spallm_flushing = asyncio.create_task(_flush_for_ever(here))
+
+
+class _GateResolver(LoRAResolver):  # type: ignore[misc]
+    """Only what the gate has let in has a folder; a client's word reaches no path."""
+
+    async def resolve_lora(self, base_model_name: str, lora_name: str) -> LoRARequest | None:
+        """See vLLM; it gives the request its number."""
+        folder = runtime.current().engine().folder(lora_name)
+        return None if folder is None else LoRARequest(lora_name, 1, folder)
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return JSONResponse(error.body, error.status, headers=error.headers)
+
+
+async def _flush_for_ever(here: runtime.Runtime) -> None:
+    while True:
+        await asyncio.sleep(_FLUSH_SECONDS)
+        try:
+            await asyncio.to_thread(here.usage.flush)
+        except Exception:  # the next time it may work
+            continue

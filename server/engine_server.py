@@ -1,0 +1,56 @@
+"""vLLM's OpenAI server, told what it has to know to be ours."""
+
+from __future__ import annotations
+
+import os
+
+from spallm_serve.server import endpoints, vllm_compat
+from spallm_serve.server.settings import ServerSettings
+
+_PLUGINS = f"spallm,{endpoints.NAME}"
+
+
+def engine_arguments(settings: ServerSettings) -> list[str]:
+    """vLLM's flags for our settings."""
+    flags = {
+        "--model": settings.base,
+        "--served-model-name": settings.name,
+        "--host": settings.host,
+        "--port": str(settings.port),
+        "--max-loras": str(settings.slots),
+        # Adapters in memory are counted in bytes, by us; vLLM counts them, and asks for as many.
+        "--max-cpu-loras": str(settings.slots),
+        "--shutdown-timeout": str(settings.drain_seconds),
+        "--middleware": "spallm_serve.server.middleware.TenantGate",
+        "--worker-extension-cls": "spallm_serve.server.vllm_compat.SlotWorkerExtension",
+        "--prefix-caching-hash-algo": "sha256",
+    }
+    given = [part for pair in flags.items() for part in pair]
+    host_bytes = f'{{"{vllm_compat.HOST_BYTES_KEY}": {settings.host_bytes}}}'
+    return [*given, "--enable-lora", "--additional-config", host_bytes, "--disable-fastapi-docs"]
+
+
+def run(settings: ServerSettings, engine_flags: list[str]) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        settings: ours.
+        engine_flags: vLLM's own; they come after ours.
+    """
+    os.environ["VLLM_PLUGINS"] = _PLUGINS
+    # The resolver needs it; vLLM's routes that load any path are not let through by the gate.
+    os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+    vllm_compat.check_version()
+    vllm_compat.serve([*engine_arguments(settings), *_for_this_machine(), *engine_flags])
+
+
+def _for_this_machine() -> list[str]:
+    """On a CPU nothing is compiled where adapters are served."""
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return []
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    return ["--enforce-eager"]

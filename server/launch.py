@@ -1,0 +1,138 @@
+"""Starts vLLM's own OpenAI server with our plugin, routes and gate."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from contextlib import ExitStack
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from spallm_serve.adapters_store.base import open_base
+from spallm_serve.adapters_store.location import Location
+from spallm_serve.adapters_store.records import Principal, Scope
+from spallm_serve.adapters_store.sandbox import Sandbox
+from spallm_serve.adapters_store.store import AdapterStore, ServedBase
+from spallm_serve.adapters_store.survey_base import base_manifest
+from spallm_serve.adapters_store.validate import UploadLimits
+from spallm_serve.errors import UserError
+from spallm_serve.server import runtime
+from spallm_serve.server.directory import StoreDirectory, UsageBook
+from spallm_serve.server.limits import TenantLimiter
+from spallm_serve.server.metrics import TenantLabels, TenantMetrics
+from spallm_serve.server.salt import SECRET_BYTES
+from spallm_serve.server.settings import ServerSettings
+
+_SECRET_FILE = "cache-secret"
+# Whoever comes without a key, where nobody needs one.
+_ANYBODY = Principal(tenant="default", scopes=frozenset({Scope.ADMIN}), key_id="none")
+
+
+def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
+    """Serve until a signal ends it.
+
+    Args:
+        settings: ours.
+        engine_flags: vLLM's own, passed on as they are.
+
+    Raises:
+        UserError: the base, the store or a setting cannot be used.
+    """
+    _check_environment(engine_flags)
+    console = Console(stderr=True, highlight=False)
+    settings.data.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as opened:
+        store = opened.enter_context(_store(settings))
+        anonymous = _welcome(store, settings, console)
+        usage = UsageBook(store)
+        opened.callback(usage.flush)
+        uploads = settings.data / "uploads"
+        uploads.mkdir(exist_ok=True)
+        runtime.start(
+            runtime.Runtime(
+                settings=settings,
+                secret=settings.secret_bytes() or _kept_secret(settings.data / _SECRET_FILE),
+                store=store,
+                directory=StoreDirectory(store, usage),
+                usage=usage,
+                limiter=TenantLimiter(settings.rate_storage),
+                metrics=TenantMetrics(TenantLabels(settings.metrics_tenants)),
+                uploads=uploads,
+                anonymous=anonymous,
+            )
+        )
+        # Only now: it reads the environment when it is imported.
+        from spallm_serve.server.engine_server import run
+
+        run(settings, engine_flags)
+
+
+def _check_environment(engine_flags: list[str]) -> None:
+    if os.environ.get("VLLM_USE_RUST_FRONTEND", "0") not in ("", "0"):
+        raise UserError(
+            "VLLM_USE_RUST_FRONTEND is set: that front end runs no middleware, so there would be "
+            "no authentication; unset it"
+        )
+    for flag in engine_flags:
+        name = flag.partition("=")[0]
+        if name in _OWN_FLAGS:
+            raise UserError(f"{name}: {_OWN_FLAGS[name]}")
+
+
+# Flags of vLLM's that would undo what this server is for.
+_OWN_FLAGS = {
+    "--middleware": "the gate is the middleware here",
+    "--api-server-count": "one process answers HTTP here; start more replicas instead",
+    "--api-key": "keys are those of spallm-admin",
+    "--lora-modules": "adapters are uploaded: PUT /v1/adapters/NAME",
+    "--worker-extension-cls": "the workers' extension brings adapters here",
+    "--chat-template": "the base's own template is used; put another one into its directory",
+    "--trust-remote-code": "no code from a model directory is run",
+}
+
+
+def _store(settings: ServerSettings) -> AdapterStore:
+    data = settings.data.absolute()
+    location = Location(
+        blobs=settings.store or str(data / "blobs"),
+        database=settings.database or f"sqlite:///{data / 'catalogue.db'}",
+        folders=data / "adapters",
+    )
+    base = open_base(settings.base, data / "base")
+    if base.sketch is None:
+        raise UserError(
+            f"{settings.base}: is not compressed; make it so with spallm-compress {settings.base}"
+        )
+    manifest = runtime.servable(base_manifest(base))
+    sandbox = Sandbox(manifest, UploadLimits(tensor_bytes=settings.upload_bytes))
+    return AdapterStore(location, ServedBase(settings.name, sandbox))
+
+
+def _welcome(store: AdapterStore, settings: ServerSettings, console: Console) -> Principal | None:
+    if settings.insecure_no_auth:
+        console.print(
+            f"[bold white on red] NO AUTHENTICATION [/] whoever reaches "
+            f"{settings.host}:{settings.port} may do everything"
+        )
+        store.keys.bootstrap()  # makes the tenant whose things everybody's are
+        return _ANYBODY
+    issued = store.keys.bootstrap()
+    if issued is not None:
+        console.print(
+            "[bold]the first admin key[/], shown this once:\n\n"
+            f"    {escape(issued.secret)}\n\n"
+            "tenants and their keys: spallm-admin tenant create, spallm-admin key create"
+        )
+    return None
+
+
+def _kept_secret(path: Path) -> bytes:
+    """The server's own secret, made at the first start."""
+    if not path.is_file():
+        partial = path.with_name(path.name + ".partial")
+        partial.write_text(secrets.token_hex(SECRET_BYTES))
+        partial.chmod(0o600)
+        partial.replace(path)
+    return bytes.fromhex(path.read_text())

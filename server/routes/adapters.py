@@ -1,0 +1,174 @@
+"""``/v1/adapters``: a tenant's own adapters, uploaded, released, rolled back, shared, deleted."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from spallm_serve.adapters_store.failures import (
+    ConflictError,
+    ForbiddenError,
+    NotFoundError,
+    QuotaError,
+    RejectedError,
+    StoreError,
+)
+from spallm_serve.adapters_store.records import Principal
+from spallm_serve.server import runtime
+from spallm_serve.server.body import read_json
+from spallm_serve.server.errors import ApiError
+from spallm_serve.server.gate import PRINCIPAL
+from spallm_serve.server.upload import received
+
+_ACTION_BYTES, _ACTION_SECONDS = 4096, 10.0
+_Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+_Answer = TypeVar("_Answer")
+# The most particular first.
+_STATUS: tuple[tuple[type[StoreError], int, str], ...] = (
+    (RejectedError, 400, "invalid_adapter"),
+    (NotFoundError, 404, "adapter_not_found"),
+    (ForbiddenError, 403, "forbidden"),
+    (ConflictError, 409, "conflict"),
+    (QuotaError, 413, "quota_exceeded"),
+    (StoreError, 400, "invalid_request"),
+)
+
+
+class Action(BaseModel):
+    """What ``POST /v1/adapters/{name}`` is told to do.
+
+    Attributes:
+        action: ``release`` a version by its digest, ``rollback`` to the release before, ``share``
+            with a tenant or stop it, make it ``public`` or private.
+        digest: of the version to release.
+        expected: the digest that is released now; with it nothing that somebody else has released
+            in the meantime is undone.
+        tenant: to share with.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    action: Literal["release", "rollback", "share", "unshare", "publish", "unpublish"]
+    digest: _Digest | None = None
+    expected: _Digest | None = None
+    tenant: str | None = Field(None, max_length=64)
+
+
+async def put_adapter(request: Request) -> Response:
+    """Store a version and release it: two parts, ``config`` and ``tensors``."""
+    here, principal = runtime.current(), _principal(request)
+    owner, name = _named(request)
+    async with received(request, here.uploads, here.settings) as upload:
+        put = partial(here.store.put, principal, owner, name, upload.config, upload.tensors)
+        found = await _asked(put)
+    body = found.model_dump(mode="json") | {"model": found.version.engine_name}
+    return JSONResponse(body, 201 if found.created else 200)
+
+
+async def validate_adapter(request: Request) -> Response:
+    """Say whether an upload would be taken; nothing of it is kept."""
+    here = runtime.current()
+    async with received(request, here.uploads, here.settings) as upload:
+        check = partial(here.store.validate, _principal(request), upload.config, upload.tensors)
+        found = await _asked(check)
+    return JSONResponse(found.model_dump(mode="json", exclude={"config"}) | {"valid": True})
+
+
+async def list_adapters(request: Request) -> Response:
+    """All that the tenant may see."""
+    here = runtime.current()
+    found = await _asked(partial(here.store.adapters.list_visible, _principal(request).tenant))
+    return JSONResponse(
+        {"object": "list", "data": [each.model_dump(mode="json") for each in found]}
+    )
+
+
+async def get_adapter(request: Request) -> Response:
+    """One, with its releases where it is the tenant's own."""
+    here, principal = runtime.current(), _principal(request)
+    owner, name = _named(request)
+    adapters = here.store.adapters
+    found = await _asked(partial(adapters.get, principal.tenant, owner, name))
+    body: dict[str, Any] = found.model_dump(mode="json")
+    if owner == principal.tenant:
+        moves = await _asked(partial(adapters.history, principal, owner, name))
+        body["releases"] = [move.model_dump(mode="json") for move in moves]
+    return JSONResponse(body)
+
+
+async def delete_adapter(request: Request) -> Response:
+    """Delete an adapter, or with ``?version=DIGEST`` one version that is not released."""
+    here, principal = runtime.current(), _principal(request)
+    owner, name = _named(request)
+    version = request.query_params.get("version")
+    adapters = here.store.adapters
+    if version is None:
+        gone = await _asked(partial(adapters.delete, principal, owner, name))
+    else:
+        gone = [await _asked(partial(adapters.delete_version, principal, owner, name, version))]
+    return JSONResponse({"deleted": [each.engine_name for each in gone]})
+
+
+async def act_on_adapter(request: Request) -> Response:
+    """Move, share or publish an adapter; see :class:`Action`."""
+    here, principal = runtime.current(), _principal(request)
+    owner, name = _named(request)
+    told = _action(await read_json(request.receive, _ACTION_BYTES, _ACTION_SECONDS))
+    adapters = here.store.adapters
+    of_whom = principal, owner, name
+    does: dict[str, Callable[[], Any]] = {
+        "release": lambda: adapters.move(*of_whom, _given(told, "digest"), told.expected),
+        "rollback": lambda: adapters.rollback(*of_whom, told.expected),
+        "share": lambda: adapters.share(*of_whom, _given(told, "tenant")),
+        "unshare": lambda: adapters.unshare(*of_whom, _given(told, "tenant")),
+        "publish": lambda: adapters.publish(*of_whom),
+        "unpublish": lambda: adapters.publish(*of_whom, public=False),
+    }
+    done = await _asked(does[told.action])
+    return JSONResponse(
+        {"done": told.action} | ({} if done is None else done.model_dump(mode="json"))
+    )
+
+
+async def _asked(question: Callable[[], _Answer]) -> _Answer:
+    """The store's answer, or its refusal with a status."""
+    try:
+        return await asyncio.to_thread(question)
+    except StoreError as error:
+        status, code = next(
+            (status, code) for kind, status, code in _STATUS if isinstance(error, kind)
+        )
+        raise ApiError(status, str(error), code) from error
+
+
+def _principal(request: Request) -> Principal:
+    principal: Principal = request.scope[PRINCIPAL]
+    return principal
+
+
+def _named(request: Request) -> tuple[str, str]:
+    """Owner and name out of ``support`` or ``acme/support``; the store says what is no name."""
+    owner, slash, name = request.path_params["name"].rpartition("/")
+    return (owner, name) if slash else (_principal(request).tenant, name)
+
+
+def _action(body: dict[str, Any]) -> Action:
+    try:
+        return Action.model_validate(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise ApiError(400, f"{field}: {problem['msg']}", "invalid_request", param=field) from error
+
+
+def _given(told: Action, field: str) -> str:
+    value = getattr(told, field)
+    if value is None:
+        raise StoreError(f"{told.action} needs {field!r}")
+    return str(value)

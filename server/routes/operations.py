@@ -1,0 +1,55 @@
+"""What was used, and what is where."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import date
+from functools import partial
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from spallm_serve.adapters_store.failures import StoreError
+from spallm_serve.adapters_store.records import Principal
+from spallm_serve.server import runtime
+from spallm_serve.server.errors import ApiError
+from spallm_serve.server.gate import PRINCIPAL
+
+
+async def usage(request: Request) -> Response:
+    """Requests and tokens by adapter and day; ``?from=``, ``?to=``, and for admins ``?tenant=``."""
+    here = runtime.current()
+    principal: Principal = request.scope[PRINCIPAL]
+    asked = request.query_params
+    report = partial(
+        here.store.usage.report,
+        principal,
+        tenant=asked.get("tenant"),
+        first=_day(asked.get("from"), "from"),
+        last=_day(asked.get("to"), "to"),
+    )
+    try:
+        await asyncio.to_thread(here.usage.flush)
+        rows = await asyncio.to_thread(report)
+    except StoreError as error:
+        raise ApiError(403, str(error), "forbidden") from error
+    return JSONResponse({"object": "list", "data": [row.model_dump(mode="json") for row in rows]})
+
+
+async def residency(request: Request) -> Response:
+    """What is in slots and in memory, worker by worker."""
+    return JSONResponse({"workers": await runtime.current().engine().facts()})
+
+
+def _day(text: str | None, name: str) -> date | None:
+    if text is None:
+        return None
+    try:
+        return date.fromisoformat(text)
+    except ValueError as error:
+        raise ApiError(
+            400,
+            f"{name}: {text[:40]!r} is no day, expected YYYY-MM-DD",
+            "invalid_value",
+            param=name,
+        ) from error

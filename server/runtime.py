@@ -1,0 +1,86 @@
+"""What a server's parts share, in the one process that answers HTTP.
+
+vLLM makes the middleware and calls the plugins itself, without a word of ours; so they find here
+what they need.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from spallm_serve.adapters_store.manifest import BaseManifest
+from spallm_serve.adapters_store.records import Principal
+from spallm_serve.adapters_store.store import AdapterStore
+from spallm_serve.server.directory import StoreDirectory, UsageBook
+from spallm_serve.server.limits import TenantLimiter
+from spallm_serve.server.metrics import TenantMetrics
+from spallm_serve.server.residency import Residency
+from spallm_serve.server.settings import ServerSettings
+
+
+@dataclass
+class Runtime:
+    """A running server.
+
+    Attributes:
+        settings: what it was told.
+        secret: of the tenants' cache salts.
+        store: tenants, keys, adapters.
+        directory: the same, as the gate asks.
+        usage: not yet in the store.
+        limiter, metrics: of tenants.
+        uploads: folder for what is on its way in.
+        anonymous: who everybody without a key is, or None.
+        residency: there once the engine runs.
+    """
+
+    settings: ServerSettings
+    secret: bytes
+    store: AdapterStore
+    directory: StoreDirectory
+    usage: UsageBook
+    limiter: TenantLimiter
+    metrics: TenantMetrics
+    uploads: Path
+    anonymous: Principal | None
+    residency: Residency | None = None
+
+    def engine(self) -> Residency:
+        """The way to the engine's workers.
+
+        Raises:
+            RuntimeError: it does not run yet.
+        """
+        if self.residency is None:
+            raise RuntimeError("the engine does not run yet")
+        return self.residency
+
+
+def servable(manifest: BaseManifest) -> BaseManifest:
+    """What of a base an adapter can change while it is served: its compressed linears.
+
+    Normalisations and layers that were left as they are have no slots; an upload for them is
+    refused with the words that it would be refused with if they were not there.
+    """
+    linears = {name: shape for name, shape in manifest.linears.items() if shape.bits is not None}
+    return manifest.model_copy(update={"linears": linears, "norms": {}})
+
+
+_current: list[Runtime] = []
+
+
+def start(runtime: Runtime) -> None:
+    """Make a server the one of this process."""
+    _current[:] = [runtime]
+
+
+def current() -> Runtime:
+    """The server of this process.
+
+    Raises:
+        RuntimeError: there is none.
+    """
+    if not _current:
+        raise RuntimeError("no server was started in this process; use spallm-serve")
+    return _current[0]
