@@ -1,4 +1,4 @@
-"""``make demo``: a real language model to 4, 3 and 2 bits, what it cost, and two adapters on it."""
+"""``make demo``: a real language model to 4, 3 and 2 bits, two adapters on it, both served."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from spallm_serve.benchmarks.demo_adapters import ask_all, train_adapters
+from spallm_serve.benchmarks.demo_server import serve_and_ask
 from spallm_serve.console import quiet_libraries
 
 _DEMO_FOLDER = Path("demo")
@@ -87,6 +88,9 @@ def main() -> None:
     console.print(f"\n[b]{len(runs) + 4}[/b] training two tenants' tables on it")
     adapters = train_adapters(base, _DEMO_FOLDER, scale.steps)
     ask_all(console, base, adapters)
+    console.print(f"\n[b]{len(runs) + 5}[/b] serving them: one base, a tenant for each adapter")
+    # Without a terminal nobody would end it.
+    serve_and_ask(console, base, adapters, stay=scale is not _QUICK and sys.stdin.isatty())
     console.print("\nreports, with the loss of every layer:")
     for run in runs.values():
         console.print(f"  {run.output / 'spallm_report.html'}", soft_wrap=True)

@@ -16,7 +16,7 @@ _EPILOG = """
 
 spallm-serve ./base-spallm-4bit
 
-spallm-serve ./base-spallm-4bit --slots 16 --data /srv/spallm -- --max-model-len 4096
+spallm-serve ./base-spallm-4bit --slots 16 --store /srv/spallm -- --max-model-len 4096
 
 spallm-serve --config serve.yaml
 
@@ -36,9 +36,13 @@ def main(
     host: Annotated[Optional[str], _Option(help="Address to listen on.")] = None,
     port: Annotated[Optional[int], _Option(help="Port to listen on.")] = None,
     name: Annotated[Optional[str], _Option(help="What requests call the base.")] = None,
-    data: Annotated[Optional[Path], _Option(help="Folder of the adapter store.")] = None,
-    database: Annotated[Optional[str], _Option(help="Catalogue: a URL of SQLAlchemy.")] = None,
-    store: Annotated[Optional[str], _Option(help="Adapters' bytes: s3://... and such.")] = None,
+    store: Annotated[
+        Optional[str],
+        _Option(help="Folder of the adapter store, or s3://, gs://, az://BUCKET/PREFIX."),
+    ] = None,
+    database: Annotated[
+        Optional[str], _Option(help="Catalogue: postgresql://...; SQLite by default.")
+    ] = None,
     slots: Annotated[
         Optional[int], _Option(help="Adapters that a step can mix, beside the base.")
     ] = None,
@@ -64,7 +68,6 @@ def main(
             "host": host,
             "port": port,
             "name": name,
-            "data": data,
             "database": database,
             "store": store,
             "slots": slots,

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from spallm_serve.adapters_store.base import open_base
-from spallm_serve.adapters_store.location import Location
+from spallm_serve.adapters_store.location import Location, locate
 from spallm_serve.adapters_store.records import Principal, Scope
 from spallm_serve.adapters_store.sandbox import Sandbox
 from spallm_serve.adapters_store.store import AdapterStore, ServedBase
@@ -42,18 +42,20 @@ def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
     """
     _check_environment(engine_flags)
     console = Console(stderr=True, highlight=False)
-    settings.data.mkdir(parents=True, exist_ok=True)
+    location = locate(settings.store, settings.database)
+    own = location.folders.parent
+    own.mkdir(parents=True, exist_ok=True)
     with ExitStack() as opened:
-        store = opened.enter_context(_store(settings))
+        store = opened.enter_context(_store(settings, location))
         anonymous = _welcome(store, settings, console)
         usage = UsageBook(store)
         opened.callback(usage.flush)
-        uploads = settings.data / "uploads"
+        uploads = own / "uploads"
         uploads.mkdir(exist_ok=True)
         runtime.start(
             runtime.Runtime(
                 settings=settings,
-                secret=settings.secret_bytes() or _kept_secret(settings.data / _SECRET_FILE),
+                secret=settings.secret_bytes() or _kept_secret(own / _SECRET_FILE),
                 store=store,
                 directory=StoreDirectory(store, usage),
                 usage=usage,
@@ -93,14 +95,8 @@ _OWN_FLAGS = {
 }
 
 
-def _store(settings: ServerSettings) -> AdapterStore:
-    data = settings.data.absolute()
-    location = Location(
-        blobs=settings.store or str(data / "blobs"),
-        database=settings.database or f"sqlite:///{data / 'catalogue.db'}",
-        folders=data / "adapters",
-    )
-    base = open_base(settings.base, data / "base")
+def _store(settings: ServerSettings, location: Location) -> AdapterStore:
+    base = open_base(settings.base, location.folders.parent / "base")
     if base.sketch is None:
         raise UserError(
             f"{settings.base}: is not compressed; make it so with spallm-compress {settings.base}"

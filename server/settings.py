@@ -31,14 +31,12 @@ class ServerSettings(BaseSettings):
     name: str = Field(
         default="base", pattern=r"^[a-z0-9][a-z0-9._-]{0,63}$", description="the base as a model"
     )
-    data: Path = Field(
-        default=Path("spallm-data"), description="folder of the store, where nothing else is said"
+    store: str | None = Field(
+        default=None,
+        description="folder of the adapter store, or the URL of a bucket; as for spallm-admin",
     )
     database: str | None = Field(
         default=None, description="catalogue, a URL of SQLAlchemy; SQLite in the folder by default"
-    )
-    store: str | None = Field(
-        default=None, description="blobs, a URL of s3, gs or az; in the folder by default"
     )
 
     slots: int = Field(

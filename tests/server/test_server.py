@@ -101,7 +101,14 @@ def start(base: Path, data: Path) -> tuple[subprocess.Popen[bytes], str, str]:
     """A server with two slots; its address, and all it has written when it is up."""
     port = free_port()
     log = data.with_suffix(".log")
-    command = [Path(sys.executable).with_name("spallm-serve"), base, "--port", port, "--data", data]
+    command = [
+        Path(sys.executable).with_name("spallm-serve"),
+        base,
+        "--port",
+        port,
+        "--store",
+        data,
+    ]
     command += ["--slots", 2, "--", "--max-model-len", 128, "--dtype", "float32"]
     command += ["--block-size", 32, "--enable-prompt-tokens-details"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

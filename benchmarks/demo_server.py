@@ -1,0 +1,218 @@
+"""The demo's last part: both tenants and the base on one server, asked in one batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import httpx
+from rich.console import Console
+from rich.table import Table
+
+from spallm_serve.benchmarks.demo_adapters import QUESTION
+
+_START_SECONDS = 300
+_STOP_SECONDS = 60
+_ANSWER_TOKENS = 40
+_MAX_MODEL_LEN = 512
+
+
+@dataclass(frozen=True)
+class _Answer:
+    text: str
+    first: float
+    whole: float
+    version: str
+
+
+def serve_and_ask(console: Console, base: Path, adapters: dict[str, Path], *, stay: bool) -> None:
+    """Start ``spallm-serve``, make a tenant for each adapter, upload it, ask all of them at once.
+
+    Args:
+        console: for what is shown.
+        base: what spallm-compress made.
+        adapters: by the name of its tenant.
+        stay: keep the server running until Ctrl-C.
+    """
+    data = base.parent / "store"
+    with _server(base, data) as (url, admin):
+        keys = {tenant: _tenant(data, tenant) for tenant in adapters}
+        uploads = {
+            tenant: _upload(url, keys[tenant], folder) for tenant, folder in adapters.items()
+        }
+        asked = {"base": (keys[min(keys)], "base")}
+        asked |= {tenant: (keys[tenant], "manner") for tenant in adapters}
+        answers = _ask_together(url, asked)
+        console.print(_table(answers, uploads, _slot_bytes(url, admin)))
+        if stay:
+            _show_commands(console, url, keys)
+            with contextlib.suppress(KeyboardInterrupt):
+                threading.Event().wait()
+
+
+@contextlib.contextmanager
+def _server(base: Path, data: Path) -> Iterator[tuple[str, str]]:
+    """A running server: its address and its first admin key."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = data.with_suffix(".log")
+    command = [
+        Path(sys.executable).with_name("spallm-serve"), base, "--port", port, "--store", data,
+        "--", "--max-model-len", _MAX_MODEL_LEN,
+    ]  # fmt: skip
+    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
+    with log.open("wb") as file:
+        process = subprocess.Popen(
+            [str(part) for part in command],
+            stdout=file,
+            stderr=file,
+            env=environment,
+            # Ctrl-C is for the demo, which then ends the server.
+            start_new_session=True,
+        )
+    try:
+        url = f"http://127.0.0.1:{port}"
+        _wait_until_ready(process, url, log)
+        (admin,) = re.findall(r"^\s+(spallm_\S+)", log.read_text(), re.MULTILINE)
+        yield url, admin
+    finally:
+        process.send_signal(signal.SIGTERM)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_STOP_SECONDS)
+        if process.poll() is None:
+            process.kill()
+
+
+def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
+    deadline = time.monotonic() + _START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz", timeout=15).status_code == 200:
+                return
+        time.sleep(0.5)
+    raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
+
+
+def _tenant(data: Path, name: str) -> str:
+    """Make a tenant with ``spallm-admin``, as an operator would; its key."""
+    admin = str(Path(sys.executable).with_name("spallm-admin"))
+    subprocess.run(
+        [admin, "tenant", "create", name, "--base", "--store", str(data)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    made = subprocess.run(
+        [
+            admin,
+            "key",
+            "create",
+            name,
+            "--scope",
+            "inference",
+            "--scope",
+            "adapters",
+            "--store",
+            str(data),
+        ],
+        check=True,
+        capture_output=True,
+    )
+    return made.stdout.decode().split()[-1]
+
+
+def _upload(url: str, key: str, folder: Path) -> float:
+    """Upload an adapter as ``manner``; seconds."""
+    files = {
+        "config": (folder / "adapter_config.json").read_bytes(),
+        "tensors": (folder / "adapter_model.safetensors").read_bytes(),
+    }
+    started = time.perf_counter()
+    headers = {"Authorization": f"Bearer {key}"}
+    found = httpx.put(f"{url}/v1/adapters/manner", files=files, headers=headers, timeout=120)
+    if found.status_code not in (200, 201):
+        raise SystemExit(f"the upload was refused: {found.text}")
+    return time.perf_counter() - started
+
+
+def _ask_together(url: str, asked: dict[str, tuple[str, str]]) -> dict[str, _Answer]:
+    """Each its own thread and openai client, so that the engine has them in one batch."""
+    answers: dict[str, _Answer] = {}
+    threads = [
+        threading.Thread(target=lambda who=who, key=key, model=model: answers.update(
+            {who: _ask(url, key, model)}
+        ))
+        for who, (key, model) in asked.items()
+    ]  # fmt: skip
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return {who: answers[who] for who in asked}
+
+
+def _ask(url: str, key: str, model: str) -> _Answer:
+    import openai
+
+    client = openai.OpenAI(base_url=f"{url}/v1", api_key=key)
+    started = time.perf_counter()
+    first, pieces, version = 0.0, [], ""
+    stream = client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTION}],
+        max_tokens=_ANSWER_TOKENS,
+        temperature=0,
+        stream=True,
+    )
+    for event in stream:
+        first = first or time.perf_counter() - started
+        version = event.model
+        pieces += [choice.delta.content or "" for choice in event.choices]
+    return _Answer("".join(pieces).strip(), first, time.perf_counter() - started, version)
+
+
+def _slot_bytes(url: str, admin: str) -> int:
+    headers = {"Authorization": f"Bearer {admin}"}
+    workers = httpx.get(f"{url}/v1/residency", headers=headers, timeout=30).json()["workers"]
+    return int(workers[0]["slot_bytes"])
+
+
+def _table(answers: dict[str, _Answer], uploads: dict[str, float], slot_bytes: int) -> Table:
+    table = Table("model", QUESTION, "upload s", "first token s", "whole s", "MB in its slot")
+    for who, answer in answers.items():
+        upload = f"{uploads[who]:.1f}" if who in uploads else ""
+        size = f"{slot_bytes / 1e6:.1f}"
+        table.add_row(
+            answer.version[:28] + "..." if "@" in answer.version else answer.version,
+            answer.text,
+            upload,
+            f"{answer.first:.2f}",
+            f"{answer.whole:.2f}",
+            size,
+        )
+    table.caption = "asked at the same time, through the openai client"
+    return table
+
+
+def _show_commands(console: Console, url: str, keys: dict[str, str]) -> None:
+    tenant, key = next(iter(keys.items()))
+    console.print(f"\nthe server is at {url}; Ctrl-C ends it. Meanwhile, for example:\n")
+    console.print(
+        f"  curl {url}/v1/chat/completions -H 'Authorization: Bearer {key}' \\\n"
+        "    -H 'Content-Type: application/json' \\\n"
+        """    -d '{"model": "manner", "messages": [{"role": "user", "content": "Hi"}]}'\n"""
+        f"  curl {url}/v1/models -H 'Authorization: Bearer {key}'     # what {tenant} can use",
+        markup=False,
+        soft_wrap=True,
+    )
