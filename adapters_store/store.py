@@ -160,7 +160,8 @@ class AdapterStore:
             lock_tenant(connection, owner)
             done = finish(connection, put, created=False)
             if done is None:  # before any byte is stored
-                check_room(connection, owner, tensors.stat().st_size, self._default_quota)
+                nbytes = len(put.checked.config.encode()) + tensors.stat().st_size
+                check_room(connection, owner, nbytes, self._default_quota)
         for _ in range(_ATTEMPTS):
             done = done or self._store_version(put, tensors)
             if done is not None:
