@@ -12,7 +12,7 @@ from sqlalchemy import text
 from sqlalchemy.exc import IntegrityError
 
 from spallm_serve.adapters_store.catalog import Catalog
-from spallm_serve.adapters_store.failures import StoreError
+from spallm_serve.adapters_store.failures import StoreError, UnavailableError
 from spallm_serve.adapters_store.schema import metadata
 from tests.adapters_store.stored import location, lut, opened, tenant
 
@@ -80,11 +80,22 @@ def test_a_catalogue_of_a_later_release(tmp_path: Path) -> None:
         ("nonsense", "no SQLAlchemy URL"),
         ("mysql://user:hidden@host/x", "expected sqlite"),
         ("sqlite+nosuch:///x", "no SQLAlchemy URL"),
-        ("sqlite:////nowhere/at/all.db", "cannot be opened"),
-        ("postgresql://user:hidden@127.0.0.1:1/x", "cannot be opened"),
+        ("sqlite:////nowhere/at/all.db", "fails"),
+        ("postgresql://user:hidden@127.0.0.1:1/x", "fails"),
     ],
 )
 def test_no_catalogue(url: str, said: str) -> None:
     with pytest.raises(StoreError, match=said) as caught:
         Catalog(url)
     assert "hidden" not in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_database_that_stays_busy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("spallm_serve.adapters_store.catalog._BUSY_MILLISECONDS", 50)
+    catalog = Catalog(f"sqlite:///{tmp_path / 'catalogue.db'}")
+    with catalog.write():
+        with pytest.raises(UnavailableError, match="locked"), catalog.write():
+            pass
+        with catalog.read() as connection:  # reading goes on
+            assert connection.execute(text("SELECT count(*) FROM locks")).scalar_one() == 2
+    catalog.close()
