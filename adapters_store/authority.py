@@ -5,8 +5,9 @@ from __future__ import annotations
 from spallm_serve.adapters_store.failures import ForbiddenError, NotFoundError
 from spallm_serve.adapters_store.records import Principal, Scope
 
-# Whoever runs commands on the machine of the store can read its files anyway.
-OPERATOR = Principal(tenant="operator", scopes=frozenset({Scope.ADMIN}), key_id="local")
+# Whoever runs commands on the machine of the store can read its files anyway. No tenant can have
+# this name.
+OPERATOR = Principal(tenant="(operator)", scopes=frozenset({Scope.ADMIN}), key_id="local")
 
 
 def expect_admin(actor: Principal) -> None:

@@ -16,7 +16,7 @@ import obstore
 from obstore.exceptions import BaseError
 from obstore.store import LocalStore, ObjectStore, from_url
 
-from spallm_serve.adapters_store.failures import DamagedError, NotFoundError, StoreError
+from spallm_serve.adapters_store.failures import DamagedError, NotFoundError, UnavailableError
 from spallm_serve.adapters_store.names import check_digest
 
 _CHUNK = 1 << 20
@@ -50,7 +50,7 @@ class BlobStore:
             are configured by their providers' environment variables (``AWS_ACCESS_KEY_ID``, ...).
 
     Raises:
-        StoreError: the folder cannot be made, or the URL is of no known kind.
+        UnavailableError: the folder cannot be made, or the URL is of no known kind.
     """
 
     def __init__(self, location: str) -> None:
@@ -63,13 +63,13 @@ class BlobStore:
                 from_url(location) if self.folder is None else LocalStore(self.folder)
             )
         except (OSError, ValueError, BaseError) as error:
-            raise StoreError(f"{location}: cannot hold blobs ({error})") from error
+            raise UnavailableError(f"{location}: cannot hold blobs ({error})") from error
 
     def put_file(self, path: Path) -> Blob:
         """Store a file's bytes; where they are there already, nothing is written.
 
         Raises:
-            StoreError: it cannot be read or stored.
+            UnavailableError: it cannot be read or stored.
         """
         try:
             digest, nbytes = file_digest(path), path.stat().st_size
@@ -79,21 +79,21 @@ class BlobStore:
                 self._write(digest, path)
                 found = Blob(digest, nbytes, 0.0)
         except (OSError, BaseError) as error:
-            raise StoreError(f"{self.location}: a blob cannot be stored ({error})") from error
+            raise UnavailableError(f"{self.location}: a blob cannot be stored ({error})") from error
         return found
 
     def find(self, digest: str) -> Blob | None:
         """The blob of a digest, if it is there.
 
         Raises:
-            StoreError: the store cannot be asked.
+            UnavailableError: the store cannot be asked.
         """
         try:
             meta = obstore.head(self._store, _key(digest))
         except FileNotFoundError:
             return None
         except BaseError as error:
-            raise StoreError(f"{self.location}: cannot be read ({error})") from error
+            raise UnavailableError(f"{self.location}: cannot be read ({error})") from error
         return Blob(digest, meta["size"], time.time() - meta["last_modified"].timestamp())
 
     def fetch(self, digest: str, target: Path) -> None:
@@ -108,7 +108,7 @@ class BlobStore:
         Raises:
             NotFoundError: no such blob.
             DamagedError: its bytes have another digest; the target is not there then.
-            StoreError: it cannot be read or written.
+            UnavailableError: it cannot be read or written.
         """
         try:
             self._bring(digest, target)
@@ -116,7 +116,9 @@ class BlobStore:
         except FileNotFoundError as error:
             raise NotFoundError(f"{self.location}: no blob {digest}") from error
         except (OSError, BaseError) as error:
-            raise StoreError(f"{self.location}: blob {digest} cannot be read ({error})") from error
+            raise UnavailableError(
+                f"{self.location}: blob {digest} cannot be read ({error})"
+            ) from error
         if found != digest:
             target.unlink()
             raise DamagedError(
@@ -137,7 +139,7 @@ class BlobStore:
         """Remove blobs; those that are not there are no error.
 
         Raises:
-            StoreError: one cannot be removed.
+            UnavailableError: one cannot be removed.
         """
         try:
             if self.folder is not None:
@@ -146,7 +148,7 @@ class BlobStore:
             elif digests:
                 obstore.delete(self._store, [_key(digest) for digest in digests])
         except (OSError, BaseError) as error:
-            raise StoreError(f"{self.location}: blobs cannot be removed ({error})") from error
+            raise UnavailableError(f"{self.location}: blobs cannot be removed ({error})") from error
 
     def sweep(self, grace: float) -> int:
         """Remove what writers that were killed left half-done, older than ``grace`` seconds.

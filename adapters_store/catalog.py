@@ -8,9 +8,9 @@ from importlib.resources import as_file, files
 from typing import Any
 
 from sqlalchemy import Connection, Engine, create_engine, event, make_url, select, text
-from sqlalchemy.exc import ArgumentError, NoSuchModuleError, OperationalError
+from sqlalchemy.exc import ArgumentError, DBAPIError, NoSuchModuleError, OperationalError
 
-from spallm_serve.adapters_store.failures import NotFoundError, StoreError
+from spallm_serve.adapters_store.failures import NotFoundError, StoreError, UnavailableError
 from spallm_serve.adapters_store.schema import locks, tenants
 
 # The store's locks: between those who begin to point at blobs (shared) and those who remove blobs;
@@ -53,23 +53,37 @@ class Catalog:
             _set_up_sqlite(self._engine)
         try:
             self._migrate()
-        except OperationalError as error:
-            reason = str(error.orig).strip().partition("\n")[0]
-            raise StoreError(f"{self.shown}: cannot be opened ({reason})") from error
+        except DBAPIError as error:
+            raise UnavailableError(f"{self.shown}: cannot be opened ({_reason(error)})") from error
 
     @contextmanager
     def read(self) -> Iterator[Connection]:
-        """A transaction that only reads, and blocks no writer."""
-        with self._engine.connect() as connection:
+        """A transaction that only reads, and blocks no writer.
+
+        Raises:
+            UnavailableError: the database cannot be reached, or is busy for too long.
+        """
+        with self._available(), self._engine.connect() as connection:
             connection = connection.execution_options(**{_READS: True})
             with connection.begin():
                 yield connection
 
     @contextmanager
     def write(self) -> Iterator[Connection]:
-        """A transaction that is committed at the end, and undone by an exception."""
-        with self._engine.begin() as connection:
+        """A transaction that is committed at the end, and undone by an exception.
+
+        Raises:
+            UnavailableError: as :meth:`read`.
+        """
+        with self._available(), self._engine.begin() as connection:
             yield connection
+
+    @contextmanager
+    def _available(self) -> Iterator[None]:
+        try:
+            yield
+        except OperationalError as error:
+            raise UnavailableError(f"{self.shown}: fails ({_reason(error)})") from error
 
     def close(self) -> None:
         """Let go of all connections."""
@@ -119,6 +133,11 @@ def lock(connection: Connection, name: str, *, shared: bool = False) -> None:
     """
     query = select(locks).where(locks.c.name == name).with_for_update(read=shared)
     connection.execute(query).one()
+
+
+def _reason(error: DBAPIError) -> str:
+    """The driver's own words, of which the first line is for people."""
+    return str(error.orig).strip().partition("\n")[0]
 
 
 def _set_up_sqlite(engine: Engine) -> None:

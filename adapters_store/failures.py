@@ -10,7 +10,7 @@ from spallm_serve.errors import UserError
 
 
 class StoreError(UserError):
-    """Any refusal of the store."""
+    """Any refusal of the store; if of no class below, then of what was given, as a bad name."""
 
 
 class NotFoundError(StoreError):
@@ -33,5 +33,9 @@ class RejectedError(StoreError):
     """An upload that is no adapter of the base."""
 
 
-class DamagedError(StoreError):
+class UnavailableError(StoreError):
+    """The store itself fails: the database, the disk, the bucket. Later it may work."""
+
+
+class DamagedError(UnavailableError):
     """What is stored is not what was put there."""

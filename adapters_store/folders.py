@@ -10,7 +10,7 @@ from pathlib import Path
 
 from spallm_serve.adapter_files import CONFIG_FILE, TENSOR_FILE
 from spallm_serve.adapters_store.blobs import BlobStore, sync
-from spallm_serve.adapters_store.failures import StoreError
+from spallm_serve.adapters_store.failures import UnavailableError
 from spallm_serve.adapters_store.names import DIGEST, check_digest
 
 _PARTIAL = ".partial-"
@@ -24,7 +24,7 @@ class Folders:
         blobs: where the bytes come from.
 
     Raises:
-        StoreError: the directory cannot be made.
+        UnavailableError: the directory cannot be made.
     """
 
     def __init__(self, directory: Path, blobs: BlobStore) -> None:
@@ -32,13 +32,13 @@ class Folders:
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise StoreError(f"{directory}: cannot hold adapters ({error})") from error
+            raise UnavailableError(f"{directory}: cannot hold adapters ({error})") from error
 
     def folder(self, digest: str, config_blob: str, tensors_blob: str) -> Path:
         """The folder of a version, fetched if it is not there yet.
 
         Raises:
-            StoreError: a blob is missing, damaged or cannot be read.
+            UnavailableError: a blob is missing, damaged or cannot be read.
         """
         final = self.directory / check_digest(digest)
         if final.is_dir():
@@ -57,7 +57,7 @@ class Folders:
             sync(self.directory)
         except OSError as error:
             if not final.is_dir():
-                raise StoreError(f"{final}: cannot be written ({error})") from error
+                raise UnavailableError(f"{final}: cannot be written ({error})") from error
         finally:
             _remove(partial)
         return final

@@ -14,7 +14,7 @@ from typing import IO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from spallm_serve.adapters_store.failures import RejectedError, StoreError
+from spallm_serve.adapters_store.failures import RejectedError, UnavailableError
 from spallm_serve.adapters_store.manifest import BaseManifest
 from spallm_serve.adapters_store.validate import Checked, UploadLimits
 
@@ -98,7 +98,7 @@ class Sandbox:
 
         Raises:
             RejectedError: it is no adapter of the base, or could not be checked within the limits.
-            StoreError: no process could be started.
+            UnavailableError: no process could be started.
         """
         with self._turns:
             process = self._take()
@@ -176,7 +176,7 @@ def _start() -> subprocess.Popen[bytes]:
             cwd="/",
         )
     except OSError as error:
-        raise StoreError(f"no process to check an upload can be started ({error})") from error
+        raise UnavailableError(f"no process to check an upload can be started ({error})") from error
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

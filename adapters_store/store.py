@@ -18,7 +18,12 @@ from spallm_serve.adapters_store.authority import absent, expect_admin, expect_o
 from spallm_serve.adapters_store.blobs import BlobStore
 from spallm_serve.adapters_store.catalog import Catalog, lock_tenant
 from spallm_serve.adapters_store.collection import collect_blobs, pointing_at
-from spallm_serve.adapters_store.failures import ForbiddenError, QuotaError, StoreError
+from spallm_serve.adapters_store.failures import (
+    ForbiddenError,
+    QuotaError,
+    StoreError,
+    UnavailableError,
+)
 from spallm_serve.adapters_store.folders import Folders
 from spallm_serve.adapters_store.journal import Journal, note
 from spallm_serve.adapters_store.keys import Keys
@@ -148,7 +153,8 @@ class AdapterStore:
             QuotaError: the owner has no room for it.
             NotFoundError: no such owner.
             ForbiddenError: the key is not good for it.
-            StoreError: not a name, or the base's; or storing failed.
+            StoreError: not a name, or the base's.
+            UnavailableError: storing failed.
         """
         expect_owner(actor, check_name(owner, "tenant"), check_name(name, "adapter"))
         base = self._served()
@@ -160,12 +166,15 @@ class AdapterStore:
             lock_tenant(connection, owner)
             done = finish(connection, put, created=False)
             if done is None:  # before any byte is stored
-                check_room(connection, owner, tensors.stat().st_size, self._default_quota)
+                nbytes = len(put.checked.config.encode()) + tensors.stat().st_size
+                check_room(connection, owner, nbytes, self._default_quota)
         for _ in range(_ATTEMPTS):
             done = done or self._store_version(put, tensors)
             if done is not None:
                 return done
-        raise StoreError("the store's garbage collection keeps removing what is put; try again")
+        raise UnavailableError(
+            "the store's garbage collection keeps removing what is put; try again"
+        )
 
     def local_folder(self, digest: str) -> Path:
         """A local, read-only directory of a version, complete, in the format of adapters.
@@ -174,7 +183,7 @@ class AdapterStore:
 
         Raises:
             NotFoundError: no tenant has such a version.
-            StoreError: its bytes are damaged or cannot be read.
+            UnavailableError: its bytes are damaged or cannot be read.
         """
         query = select(adapters.c.config_blob, adapters.c.tensors_blob)
         with self._catalog.read() as connection:
@@ -195,7 +204,7 @@ class AdapterStore:
 
         Raises:
             ForbiddenError: the actor is no admin.
-            StoreError: something cannot be removed.
+            UnavailableError: something cannot be removed.
         """
         expect_admin(actor)
         removed = collect_blobs(self._catalog, self._blobs, grace)

@@ -81,6 +81,7 @@ _HARMLESS = frozenset(
 )
 # Values checked at a time for being finite: bounds the memory that takes.
 _STRETCH = 1 << 20
+_LONGEST_MESSAGE = 500
 
 
 class UploadLimits(BaseModel):
@@ -144,16 +145,20 @@ def check_upload(
         check_fit(adapter, manifest, limits.max_rank)
         for name, tensor in tensors.items():
             _check_finite(name, tensor)
-    except RejectedError:
-        raise
     except UserError as error:
-        raise RejectedError(str(error)) from error
+        raise RejectedError(_one_line(str(error))) from error
     return Checked(
         digest=adapter_digest(adapter),
         kind=config.peft_type,
         base_digest=manifest.base_digest,
         config=json.dumps(_canonical(adapter), indent=2, sort_keys=True) + "\n",
     )
+
+
+def _one_line(text: str) -> str:
+    """A message that may quote an upload, safe for terminals and logs."""
+    shown = "".join(sign if sign.isprintable() else "?" for sign in text[:_LONGEST_MESSAGE])
+    return shown + ("..." if len(text) > _LONGEST_MESSAGE else "")
 
 
 def _read_config(path: Path, most: int) -> AdapterConfig:
