@@ -138,3 +138,64 @@ def from_lora(
 
         text = None if calibration is None else (calibration, samples, seqlen)
         convert_fine_tune(source, base, output, original, text)
+
+
+_Server = Annotated[
+    str, _Option(envvar="SPALLM_SERVER", help="Its address, e.g. http://127.0.0.1:8000.")
+]
+_Key = Annotated[str, _Option(envvar="SPALLM_KEY", help="A key with the scope adapters.")]
+_Name = Annotated[str, typer.Argument(help="support, or acme/support.")]
+_HERE = "http://127.0.0.1:8000"
+
+
+@app.command(epilog="[b]Example[/b]   SPALLM_KEY=... spallm-adapter push ./adapter --as support")
+def push(
+    adapter: _Adapter,
+    name: Annotated[str, _Option("--as", help="What it will be asked for by.")],
+    key: _Key,
+    server: _Server = _HERE,
+    dry_run: Annotated[
+        bool, _Option("--dry-run", help="Only ask whether it would be taken.")
+    ] = False,
+) -> None:
+    """Upload an adapter to a server and release it; it answers at once."""
+    with user_errors():
+        from spallm_serve.adapters_store.remote import RemoteAdapters
+
+        RemoteAdapters(server, key).push(adapter, name, dry_run=dry_run)
+
+
+@app.command("list")
+def list_adapters(
+    key: _Key,
+    server: _Server = _HERE,
+    as_json: Annotated[bool, _Option("--json", help="Print JSON instead of a table.")] = False,
+) -> None:
+    """List the adapters on a server that the key's tenant may see."""
+    with user_errors():
+        from spallm_serve.adapters_store.remote import RemoteAdapters
+
+        RemoteAdapters(server, key).show(as_json=as_json)
+
+
+@app.command()
+def rollback(name: _Name, key: _Key, server: _Server = _HERE) -> None:
+    """Let a name stand for what was released before."""
+    with user_errors():
+        from spallm_serve.adapters_store.remote import RemoteAdapters
+
+        RemoteAdapters(server, key).rollback(name)
+
+
+@app.command()
+def delete(
+    name: _Name,
+    key: _Key,
+    server: _Server = _HERE,
+    version: Annotated[Optional[str], _Option(help="Only this one, by its whole digest.")] = None,
+) -> None:
+    """Delete an adapter on a server, or one version that is not released."""
+    with user_errors():
+        from spallm_serve.adapters_store.remote import RemoteAdapters
+
+        RemoteAdapters(server, key).delete(name, version)

@@ -338,6 +338,38 @@ def test_quotas_and_usage(server: Server, wanted: dict[str, list[int]]) -> None:
         assert set(residency) >= {"slots", "host", "host_bytes", "slot_bytes"}
 
 
+def test_adapters_are_pushed_from_the_terminal(
+    server: Server, adapters: dict[str, Path], wanted: dict[str, list[int]]
+) -> None:
+    from typer.testing import CliRunner
+
+    from spallm_serve.adapters_store.cli import app
+
+    environment = {"SPALLM_KEY": server.keys["acme"], "SPALLM_SERVER": server.url, "COLUMNS": "120"}
+
+    def run(*arguments: object) -> str:
+        found = CliRunner().invoke(app, [str(part) for part in arguments], env=environment)
+        assert found.exit_code == 0, found.output
+        return found.output
+
+    assert "would be taken: SPALLM_LUT" in run("push", adapters["lut"], "--as", "cli", "--dry-run")
+    assert "acme/cli" not in run("list")
+    assert "released" in run("push", adapters["lut"], "--as", "cli")
+    run("push", adapters["smt"], "--as", "cli")
+    assert server.tokens("acme", "cli") == wanted["smt"]
+    assert "revision 3" in run("rollback", "cli")
+    assert server.tokens("acme", "cli") == wanted["lut"]
+    assert "acme/cli" in run("list")
+    assert "deleted: acme/cli@" in run("delete", "cli")
+    assert server.ask("acme", "cli").status_code == 404
+    refused = CliRunner().invoke(app, ["rollback", "none"], env=environment)
+    assert refused.exit_code == 2
+    assert "no adapter" in refused.output
+    stranger = CliRunner().invoke(app, ["list"], env=environment | {"SPALLM_KEY": "x"})
+    assert stranger.exit_code == 2
+    assert "API key" in stranger.output
+
+
 def test_deleted_adapters_are_gone(server: Server, adapters: dict[str, Path]) -> None:
     server.put("zoo", "leaving", adapters["lora"])
     assert server.ask("zoo", "leaving").status_code == 200

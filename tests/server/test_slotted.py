@@ -1,0 +1,118 @@
+"""Merged layers with a table for each slot, and shares of them, against float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from spallm_serve.errors import UserError
+from spallm_serve.kernels.packing import pack_codes
+from spallm_serve.server.sharding import Shard
+from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
+
+SLOTS = 3
+FORMATS = st.tuples(st.sampled_from([2, 3, 4]), st.sampled_from([1, 2]), st.integers(1, 20))
+
+
+def random_linear(
+    rows: int, columns: int, bits: int, groups: int, seed: int
+) -> tuple[Sketched, Tensor]:
+    """A sketch and its codes."""
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(1 << bits, (rows, columns), generator=generator)
+    tables = torch.randn(rows, groups, 1 << bits, generator=generator).half()
+    return Sketched(pack_codes(codes.to(torch.uint8), bits), tables, columns), codes
+
+
+def dense(codes: Tensor, tables: Tensor) -> Tensor:
+    """float64 ``[out, in]``."""
+    rows, columns = codes.shape
+    groups = tables.shape[1]
+    group = torch.arange(columns) // (columns // groups)
+    return tables.double()[torch.arange(rows)[:, None], group, codes.long()]
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.lists(FORMATS, min_size=1, max_size=4),
+    st.lists(st.integers(0, SLOTS - 1), min_size=1, max_size=9),
+    st.integers(0, 3),
+    st.integers(0, 10**6),
+)
+def test_every_token_is_multiplied_by_its_slots_own_weight(
+    formats: list[tuple[int, int, int]], slots: list[int], padding: int, seed: int
+) -> None:
+    """Whatever formats are merged, with what is added to one slot and with padded batches."""
+    columns = 24
+    made = [
+        random_linear(rows, columns, bits, groups, seed + number)
+        for number, (bits, groups, rows) in enumerate(formats)
+    ]
+    layer = SlottedLinear.of([linear for linear, _ in made], SLOTS)
+    weights = {0: torch.cat([dense(codes, linear.tables) for linear, codes in made])}
+    for slot in range(1, SLOTS):
+        own = {
+            number: random_linear(*made[number][0].tables.shape[:1], columns, bits, groups,
+                                  seed + 100 * slot + number)[0].tables
+            for number, (bits, groups, _) in enumerate(formats) if (number + slot) % 2
+        }  # fmt: skip
+        layer.fill(slot, own, {0: lambda y, x: y + 2 * x.sum(1, keepdim=True)} if slot == 1 else {})
+        weights[slot] = torch.cat(
+            [
+                dense(codes, own.get(number, linear.tables))
+                for number, (linear, codes) in enumerate(made)
+            ]
+        )
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.randn(len(slots) + padding, columns, generator=generator)
+    bias = torch.randn(len(weights[0]), generator=generator)
+    y = layer(x, bias, StepSlots.of(slots))
+    expected = torch.stack(
+        [weights[slot] @ token.double() for slot, token in zip(slots, x, strict=False)]
+    ) + bias.double()  # fmt: skip
+    for place, slot in enumerate(slots):
+        if slot == 1:
+            expected[place, : formats[0][2]] += 2 * x[place].double().sum()
+    torch.testing.assert_close(y[: len(slots)].double(), expected, rtol=1e-3, atol=1e-3)
+    # Filling with nothing makes the base of it again.
+    layer.fill(1, {}, {})
+    again = layer(x, bias, StepSlots.of([1] * len(x)))
+    torch.testing.assert_close(again, layer(x, bias, StepSlots()))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    st.sampled_from([2, 3, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.sampled_from([1, 2, 4]),
+    st.integers(0, 10**6),
+)
+def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) -> None:
+    rows, columns = 8 * workers, 32
+    whole, codes = random_linear(rows, columns, bits, groups, seed)
+    x = torch.randn(3, columns, generator=torch.Generator().manual_seed(seed))
+    expected = x.double() @ dense(codes, whole.tables).T
+    by_rows, by_columns = [], torch.zeros(3, rows)
+    for worker in range(workers):
+        tall, wide = rows // workers, columns // workers
+        shard = Shard(worker * tall, tall, 0, columns, columns)
+        part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1)
+        by_rows.append(part(x, None, StepSlots()))
+        shard = Shard(0, rows, worker * wide, wide, columns)
+        if (groups > workers and groups % workers) or (groups > 1 and wide % (columns // groups)):
+            with pytest.raises(UserError, match="groups"):
+                shard.sketched(whole.planes, whole.tables)
+            return
+        part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1)
+        by_columns += part(shard.inputs(x), None, StepSlots())
+    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=1e-3)
+
+
+def test_columns_that_are_no_whole_bytes_are_refused() -> None:
+    whole, _ = random_linear(4, 24, 2, 1, 0)
+    with pytest.raises(UserError, match="multiples of 8"):
+        Shard(0, 4, 12, 12, 24).sketched(whole.planes, whole.tables)
