@@ -253,5 +253,10 @@ class AdapterStore:
 def _make_room_for(database: str) -> None:
     """Make the folder of a SQLite file."""
     prefix = "sqlite:///"
-    if database.startswith(prefix) and ":memory:" not in database:
-        Path(database.removeprefix(prefix)).absolute().parent.mkdir(parents=True, exist_ok=True)
+    if not database.startswith(prefix):
+        return
+    folder = Path(database.removeprefix(prefix)).absolute().parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UnavailableError(f"{folder}: cannot hold the catalogue ({error})") from error

@@ -166,7 +166,7 @@ def _config_text(draw: st.DrawFn, fields: dict[str, Any]) -> bytes:
     base = json.dumps(fields)
     texts = [
         "", "[]", "null", '"x"', "[" * 9000, '{"a":' * 9000, base[:-1], base + "x", base + base,
-        base[:-1] + ', "base_digest": null}', base[:-1] + ', "peft_type": "LORA"}',
+        base[:-1] + ', "peft_type": "LORA"}',
         base[:-1] + ', "lora_alpha": NaN}', base[:-1] + ', "r": ' + "9" * 5000 + "}",
         base + " " * (64 << 10),
     ]  # fmt: skip

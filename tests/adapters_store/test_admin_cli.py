@@ -141,5 +141,6 @@ def test_what_cannot_be_opened(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     assert "file" in refused("tenant", "list", "--store", str(tmp_path / "file"))
     assert "expected sqlite" in refused("tenant", "list", "--database", "mysql://x")
+    assert "cannot hold" in refused("tenant", "list", "--database", "sqlite:////proc/x/y.db")
     (tmp_path / "junk.db").write_bytes(b"no database" * 1000)
     assert "junk.db" in refused("tenant", "list", "--database", f"sqlite:///{tmp_path}/junk.db")

@@ -86,6 +86,11 @@ class StoreMachine(RuleBasedStateMachine):
         self.named = {(owner, name): Named() for owner in TENANTS for name in NAMES}
         self.base: set[str] = set()
         self.suspended: set[str] = set()
+        self.digest = DIGESTS[0]
+        # Begin where most can happen.
+        for owner, grantee in (("acme", "beta"), ("beta", "gamma")):
+            self.put(owner, "support", 0, release=True)
+            self.share(owner, "support", grantee, granted=True)
 
     def teardown(self) -> None:
         if hasattr(self, "stack"):
@@ -224,6 +229,11 @@ class StoreMachine(RuleBasedStateMachine):
             with pytest.raises(NotFoundError):
                 self.store.local_folder(digest)
 
+    @rule(digest=digests)
+    def ask_for(self, digest: str) -> None:
+        """By the start of this digest, from now on."""
+        self.digest = digest
+
     @invariant()
     def everyone_sees_what_is_theirs(self) -> None:
         for who in TENANTS:
@@ -236,10 +246,9 @@ class StoreMachine(RuleBasedStateMachine):
                 self._check(who, f"{owner}/{name}", model.released if usable else None)
                 if owner == who:
                     self._check(who, name, model.released)
-                for digest in DIGESTS:
-                    allowed = model.versions if owner == who else {model.released}
-                    expected = digest if usable and digest in allowed else None
-                    self._check(who, f"{owner}/{name}@{digest[:12]}", expected)
+                allowed = model.versions if owner == who else {model.released}
+                expected = self.digest if usable and self.digest in allowed else None
+                self._check(who, f"{owner}/{name}@{self.digest[:12]}", expected)
                 if model.versions if owner == who else usable and model.released:
                     seen.add((owner, name))
             listed = self.store.adapters.list_visible(who)
@@ -251,4 +260,4 @@ class StoreMachine(RuleBasedStateMachine):
 
 
 TestStoreMachine = StoreMachine.TestCase
-TestStoreMachine.settings = settings(max_examples=12, stateful_step_count=25, deadline=None)
+TestStoreMachine.settings = settings(max_examples=16, stateful_step_count=25, deadline=None)
