@@ -77,6 +77,31 @@ def quality(
 
 
 @app.command()
+def engine(
+    variant: Annotated[
+        str, typer.Option(help="Settings of ours, e.g. bits=4,embeddings=4.")
+    ] = "bits=4",
+    tenants: Annotated[int, typer.Option(help="Requests at a time, each of its own tenant.")] = 8,
+    tokens: Annotated[int, typer.Option(help="That each decodes.")] = 64,
+    rounds: Annotated[int, typer.Option(help="Of each mixture.")] = 5,
+    model: Model = None,
+    scratch: Scratch = None,
+    json: Json = None,
+) -> None:
+    """Decode throughput in vLLM: base alone and many tenants, beside bfloat16 and LoRAs."""
+    with measuring(scratch) as folder:
+        from spallm_serve.benchmarks.engine import engine_records
+        from spallm_serve.benchmarks.quick_base import quick_base
+
+        source = model_directory(model, folder)
+        base = quick_base(source, folder / "engine-base", parse_pairs(variant))
+        finish(
+            engine_records(source, base, folder, tenants=tenants, tokens=tokens, rounds=rounds),
+            json,
+        )
+
+
+@app.command()
 def lloyd(json: Json = None) -> None:
     """Seconds for the tables of a 4096 x 4096 matrix on one core."""
     with measuring(None):

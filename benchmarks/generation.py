@@ -9,16 +9,12 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from spallm_serve.benchmarks.quick_base import quick_base
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.timing import interleaved
-from spallm_serve.compressor.observer import SilentObserver
-from spallm_serve.compressor.pipeline import compress
-from spallm_serve.compressor.settings import parse_settings
 from spallm_serve.models import load_tokenizer
 
 _PROMPT = "Write a long story about a lighthouse keeper and the sea."
-# How fast a model is does not depend on how well it was calibrated.
-_CALIBRATION = {"samples": 2, "seqlen": 64}
 
 
 def generation_records(
@@ -41,10 +37,8 @@ def generation_records(
     prompt = tokenizer(_PROMPT, return_tensors="pt")["input_ids"]
     calls = {"original": _generate(model_dir, prompt, new_tokens)}
     for number, variant in enumerate(variants):
-        output = scratch / f"generation-{number}"
-        settings = parse_settings(_CALIBRATION | variant)
-        compress(str(model_dir), output, settings, SilentObserver())
-        calls[str(number)] = _generate(output, prompt, new_tokens)
+        base = quick_base(model_dir, scratch / f"generation-{number}", variant)
+        calls[str(number)] = _generate(base, prompt, new_tokens)
     with torch.inference_mode():
         times = interleaved(calls, seconds)
     original = times["original"]

@@ -14,12 +14,10 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from spallm_serve.batches import ExampleStream, collate
+from spallm_serve.benchmarks.quick_base import quick_base
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.timing import Timing, interleaved
 from spallm_serve.benchmarks.tuning import METHODS, parse_run, together
-from spallm_serve.compressor.observer import SilentObserver
-from spallm_serve.compressor.pipeline import compress
-from spallm_serve.compressor.settings import parse_settings
 from spallm_serve.errors import UserError
 from spallm_serve.models import load_model
 from spallm_serve.trainer.flops import BlockShape, block_shape, counted_flops, frozen_flops
@@ -276,12 +274,7 @@ def _frozen_kept_bytes(model_dir: Path, batch: Batch, dtype: torch.dtype) -> int
 def _base(model_dir: Path, bits: int | None, scratch: Path) -> Path:
     if bits is None:
         return model_dir
-    base = scratch / f"base-{bits}"
-    if not (base / "config.json").is_file():
-        # How fast a step is does not depend on how well the base was calibrated.
-        settings = parse_settings({"bits": bits, "samples": 2, "seqlen": 64})
-        compress(str(model_dir), base, settings, SilentObserver())
-    return base
+    return quick_base(model_dir, scratch / f"base-{bits}", {"bits": bits})
 
 
 def _time_record(case: dict[str, Any], ours: Timing, peer: Timing) -> Record:

@@ -103,6 +103,7 @@ def _store(settings: ServerSettings, location: Location) -> AdapterStore:
         )
     manifest = runtime.servable(base_manifest(base))
     sandbox = Sandbox(manifest, UploadLimits(tensor_bytes=settings.upload_bytes))
+    sandbox.warm_up()
     return AdapterStore(location, ServedBase(settings.name, sandbox))
 
 

@@ -6,6 +6,8 @@ class is replaced by :class:`SlotManager`; for all others it stays vLLM's own.
 
 from __future__ import annotations
 
+import statistics
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -165,6 +167,23 @@ class SlotManager:
             "slot_bytes": self._served.slot_bytes,
         }
 
+    def time_swap(self, folder: str, rounds: int) -> float:
+        """Median seconds to bring an adapter from memory into a slot; for benchmarks.
+
+        Args:
+            folder: of the adapter; nobody may be using any.
+            rounds: how often.
+        """
+        held = self._host.get(folder)
+        times = []
+        for _ in range(rounds):
+            slot = self._book.reserve(())
+            started = time.perf_counter()
+            held.fill(self._served, slot)
+            times.append(time.perf_counter() - started)
+            self._book.give_back(slot)
+        return statistics.median(times)
+
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
         """vLLM warms up with adapters that do not exist; here the base does as well."""
@@ -222,6 +241,11 @@ class SlotWorkerExtension:
         """See :meth:`SlotManager.prefetch`."""
         manager: SlotManager = self.model_runner.lora_manager
         return manager.prefetch(folder)
+
+    def spallm_time_swap(self, folder: str, rounds: int) -> float:
+        """See :meth:`SlotManager.time_swap`."""
+        manager: SlotManager = self.model_runner.lora_manager
+        return manager.time_swap(folder, rounds)
 
     def spallm_residency(self) -> dict[str, Any]:
         """See :meth:`SlotManager.residency`."""

@@ -13,11 +13,13 @@ from starlette.responses import JSONResponse, Response
 
 from spallm_serve.adapters_store.failures import (
     ConflictError,
+    DamagedError,
     ForbiddenError,
     NotFoundError,
     QuotaError,
     RejectedError,
     StoreError,
+    UnavailableError,
 )
 from spallm_serve.adapters_store.records import Principal
 from spallm_serve.server import runtime
@@ -36,6 +38,8 @@ _STATUS: tuple[tuple[type[StoreError], int, str], ...] = (
     (ForbiddenError, 403, "forbidden"),
     (ConflictError, 409, "conflict"),
     (QuotaError, 413, "quota_exceeded"),
+    (UnavailableError, 503, "store_unavailable"),
+    (DamagedError, 503, "store_damaged"),
     (StoreError, 400, "invalid_request"),
 )
 

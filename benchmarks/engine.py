@@ -1,0 +1,209 @@
+"""Decode throughput inside vLLM: base alone and many tenants, beside bfloat16 and LoRAs."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from spallm_serve.adapter import Adapter, LoraConfig, LutConfig
+from spallm_serve.adapter_files import write_adapter
+from spallm_serve.benchmarks.records import Record
+from spallm_serve.identity import base_identity
+from spallm_serve.layers import SketchedLinear, is_linear, weight_shape
+from spallm_serve.models import load_model
+
+_PROMPT_TOKENS = 16
+_RANK = 16
+
+
+def engine_records(
+    dense: Path, base: Path, scratch: Path, *, tenants: int, tokens: int, rounds: int
+) -> Iterator[Record]:
+    """Requests that decode together, all of the base and then each of its own tenant.
+
+    Every engine is a process of its own, one after another; within one, the two mixtures take
+    turns, so that their ratio does not depend on what else the machine does.
+
+    Args:
+        dense: the original.
+        base: what was made of it.
+        scratch: for adapters with random values.
+        tenants: requests at a time, and distinct adapters.
+        tokens: that each decodes.
+        rounds: of each mixture.
+    """
+    ours = _measure(base, make_tables(base, scratch / "tables", tenants), tokens, rounds)
+    theirs = _measure(dense, make_loras(dense, scratch / "loras", tenants), tokens, rounds)
+    for what in ("base_only", "distinct_tenants"):
+        yield Record(
+            bench="engine",
+            case={"requests": tenants, "tokens": tokens, "mixture": what, "model": dense.name},
+            metric="decoded_tokens_per_s",
+            ours=ours[what],
+            peer=theirs[what],
+            peer_name=f"vLLM, bfloat16{'' if what == 'base_only' else f', LoRAs of rank {_RANK}'}",
+            ratio=round(ours[what] / theirs[what], 3),
+            better="higher",
+            runs=rounds,
+        )
+    for name, found in (("ours", ours), ("bfloat16 and LoRAs", theirs)):
+        yield Record(
+            bench="engine",
+            case={"requests": tenants, "of": name},
+            metric="tenants_share_of_base_only",
+            ours=round(found["distinct_tenants"] / found["base_only"], 3),
+            better="higher",
+            runs=rounds,
+        )
+    yield Record(
+        bench="engine",
+        case={"what": "from host memory into a slot", "slot_bytes": ours["slot_bytes"]},
+        metric="swap_s",
+        ours=ours["swap_s"],
+        runs=rounds,
+    )
+
+
+def make_tables(base: Path, folder: Path, count: int) -> list[Path]:
+    """Adapters that replace all of a base's tables, by nearly the same values."""
+    model = load_model(base)
+    digest = base_identity(model)
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for number in range(count):
+        tensors = {
+            f"{name}.tables": (
+                module.tables * (1 + 0.01 * torch.randn(module.tables.shape, generator=generator))
+            ).half()
+            for name, module in model.named_modules()
+            if isinstance(module, SketchedLinear)
+        }
+        paths.append(folder / str(number))
+        write_adapter(Adapter(LutConfig(base_digest=digest), tensors), paths[-1])
+    return paths
+
+
+def make_loras(model_dir: Path, folder: Path, count: int) -> list[Path]:
+    """LoRAs on all linears of the blocks, with small values."""
+    model = load_model(model_dir)
+    targets = {
+        name: weight_shape(module)
+        for name, module in model.named_modules()
+        if is_linear(module) and name != "lm_head"
+    }
+    leaves = sorted({name.rpartition(".")[2] for name in targets})
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": _RANK, "lora_alpha": 2 * _RANK,
+              "target_modules": leaves, "bias": "none"}  # fmt: skip
+    config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, fields=fields)
+    generator = torch.Generator().manual_seed(0)
+    paths = []
+    for number in range(count):
+        tensors = {}
+        for name, (rows, columns) in targets.items():
+            a = 0.01 * torch.randn(_RANK, columns, generator=generator)
+            b = 0.01 * torch.randn(rows, _RANK, generator=generator)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+        paths.append(folder / str(number))
+        write_adapter(Adapter(config, tensors), paths[-1])
+    return paths
+
+
+def _measure(model: Path, adapters: list[Path], tokens: int, rounds: int) -> dict[str, Any]:
+    """What an engine of its own process says; it prints much else."""
+    told = {
+        "model": str(model),
+        "adapters": [str(path) for path in adapters],
+        "tokens": tokens,
+        "rounds": rounds,
+    }
+    environment = os.environ | {
+        "VLLM_PLUGINS": "spallm",
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "1",
+    }
+    command = [sys.executable, "-m", __name__, json.dumps(told)]
+    finished = subprocess.run(command, env=environment, capture_output=True, check=False)
+    lines = [line for line in finished.stdout.decode().splitlines() if line.startswith("{")]
+    if finished.returncode or not lines:
+        raise RuntimeError(
+            f"the engine for {model.name} failed: {finished.stderr.decode()[-2000:]}"
+        )
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def run_engine(model: str, adapters: list[str], tokens: int, rounds: int) -> dict[str, Any]:
+    """Tokens a second of both mixtures, and how long a slot takes to fill.
+
+    Args:
+        model: directory.
+        adapters: directories, one for each request.
+        tokens: that each request decodes.
+        rounds: of each mixture; medians are taken.
+    """
+    from vllm import LLM
+    from vllm.lora.request import LoRARequest
+
+    count = len(adapters)
+    compressed = "quantization_config" in json.loads((Path(model) / "config.json").read_text())
+    extension = "spallm_serve.server.vllm_compat.SlotWorkerExtension"
+    engine = LLM(
+        model,
+        dtype="bfloat16",
+        enforce_eager=True,
+        max_model_len=_PROMPT_TOKENS + tokens + 1,
+        max_num_seqs=count,
+        enable_lora=True,
+        max_loras=count,
+        max_lora_rank=_RANK,
+        enable_prefix_caching=False,
+        **({"worker_extension_cls": extension} if compressed else {}),
+    )
+    requests = [
+        LoRARequest(f"tenant/{number}@{number}", number + 1, path)
+        for number, path in enumerate(adapters)
+    ]
+    mixtures: dict[str, list[Any]] = {
+        "base_only": [None] * count, "distinct_tenants": requests,
+    }  # fmt: skip
+    seconds: dict[str, list[float]] = {name: [] for name in mixtures}
+    for number in range(rounds + 1):
+        for name, mixture in mixtures.items():
+            taken = _decode_seconds(engine, mixture, tokens)
+            if number:  # the first loads and warms up
+                seconds[name].append(taken)
+    found: dict[str, Any] = {
+        name: round(count * tokens / statistics.median(times), 1) for name, times in seconds.items()
+    }
+    if compressed:
+        (swap,) = engine.collective_rpc("spallm_time_swap", args=(adapters[0], rounds))
+        (facts,) = engine.collective_rpc("spallm_residency")
+        found |= {"swap_s": swap, "slot_bytes": facts["slot_bytes"]}
+    return found
+
+
+def _decode_seconds(engine: Any, mixture: list[Any], tokens: int) -> float:
+    from vllm import SamplingParams
+
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    prompts = [
+        {"prompt_token_ids": [100 + 7 * number + place for place in range(_PROMPT_TOKENS)]}
+        for number in range(len(mixture))
+    ]
+    started = time.perf_counter()
+    engine.generate(prompts, sampling, lora_request=mixture, use_tqdm=False)
+    return time.perf_counter() - started
+
+
+if __name__ == "__main__":
+    print(json.dumps(run_engine(**json.loads(sys.argv[1]))))
