@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import signal
 import subprocess
 import tempfile
 import time
@@ -47,7 +48,7 @@ def running_server(where: Path) -> Iterator[str]:
         _wait(where, folder, server)
         yield url
     finally:
-        server.terminate()
+        server.send_signal(signal.SIGINT)  # does not wait for clients to go
         server.wait(30)
         shutil.rmtree(folder, ignore_errors=True)
 
