@@ -8,11 +8,12 @@ import secrets
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from spallm_serve.adapters_store.failures import StoreError
 from spallm_serve.adapters_store.records import Principal, Quota, Resolved
 from spallm_serve.server.body import read_json, with_body
 from spallm_serve.server.directory import Directory
@@ -30,6 +31,7 @@ REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _MAX_MODEL_NAME = 512
 _CLIENT_WENT_AWAY = 499
+_Answer = TypeVar("_Answer")
 
 
 @dataclass(frozen=True)
@@ -122,7 +124,7 @@ class Gate:
             return self._settings.anonymous
         if kind.lower() != "bearer" or not bearer.strip():
             raise unauthorized()
-        principal = await asyncio.to_thread(self._directory.authenticate, bearer.strip())
+        principal = await _asked(self._directory.authenticate, bearer.strip())
         if principal is None:
             raise unauthorized()
         return principal
@@ -135,7 +137,7 @@ class Gate:
         route: Route,
         principal: Principal,
     ) -> None:
-        quota = await asyncio.to_thread(self._directory.quota, principal.tenant)
+        quota = await _asked(self._directory.quota, principal.tenant)
         with ExitStack() as running:
             running.enter_context(respond.watched(self._metrics.watch(principal.tenant)))
             respond.headers |= running.enter_context(
@@ -160,7 +162,7 @@ class Gate:
             raise ApiError(
                 400, "model: expected the name of a model", "missing_model", param="model"
             )
-        resolved = await asyncio.to_thread(self._directory.resolve, principal.tenant, model)
+        resolved = await _asked(self._directory.resolve, principal.tenant, model)
         if resolved is None:
             raise model_not_found(model)
         return resolved
@@ -175,6 +177,19 @@ class Gate:
             meter.abandon()
         self._limiter.charge(principal.tenant, quota, meter.usage.total)
         self._directory.record(principal.tenant, resolved, meter.usage)
+
+
+async def _asked(question: Callable[..., _Answer], *arguments: str) -> _Answer:
+    """The directory's answer; one that cannot be had now is not a refusal."""
+    try:
+        return await asyncio.to_thread(question, *arguments)
+    except StoreError as error:
+        raise ApiError(
+            503,
+            "the store of tenants and adapters does not answer; try again",
+            "store_unavailable",
+            headers={"Retry-After": "1"},
+        ) from error
 
 
 def _meter(body: dict[str, Any], route: Route, path: str) -> Meter:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
 
+from spallm_serve.adapters_store.failures import UnavailableError
 from spallm_serve.adapters_store.records import Principal, Quota, Resolved, Scope
 from spallm_serve.server.gate import PRINCIPAL, Gate, GateSettings
 from spallm_serve.server.limits import TenantLimiter
@@ -356,3 +357,20 @@ def test_metrics_of_tenants_are_bounded() -> None:
     assert value("time_to_first_token_seconds_count", tenant="acme") == 2
     assert value("inter_token_seconds_count", tenant="other") >= 2
     assert value("running_requests", tenant="acme") == 0
+
+
+@pytest.mark.parametrize("method", ["authenticate", "resolve", "quota"])
+def test_a_store_that_does_not_answer_refuses_nobody_for_good(
+    method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = World()
+
+    def fails(*arguments: str) -> None:
+        raise UnavailableError("postgresql://user:secret@host is gone")
+
+    monkeypatch.setattr(world.tenants, method, fails)
+    found = world.chat()
+    assert found.status_code == 503
+    assert found.headers["retry-after"]
+    assert "secret" not in found.text
+    assert not world.engine.seen
