@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
+from rich.console import Console
 from starlette.datastructures import State
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -18,6 +19,7 @@ from spallm_serve.server import runtime
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.residency import Residency
 from spallm_serve.server.routes import adapters, health, models, operations
+from spallm_serve.server.settings import ServerSettings
 
 NAME = "spallm-endpoints"
 _LOAD_SECONDS = 60.0
@@ -67,6 +69,7 @@ class SpallmEndpoints:
                 pass
 
         here.residency = Residency(here.store.local_folder, call, _LOAD_SECONDS)
+        _say_capacity(here.settings, (await here.residency.facts())[0])
         state.spallm_readiness = health.Readiness(decode, here.settings.ready_seconds)
         state.spallm_flushing = asyncio.create_task(_flush_for_ever(here))
 
@@ -78,6 +81,15 @@ class _GateResolver(LoRAResolver):  # type: ignore[misc]
         """See vLLM; it gives the request its number."""
         folder = runtime.current().engine().folder(lora_name)
         return None if folder is None else LoRARequest(lora_name, 1, folder)
+
+
+def _say_capacity(settings: ServerSettings, facts: dict[str, Any]) -> None:
+    slot = facts["slot_bytes"]
+    Console(stderr=True, highlight=False).print(
+        f"{settings.slots} slots of {slot / 1e6:.2f} MB hold {settings.slots * slot / 1e6:.1f} MB "
+        f"of tables beside the base's; {settings.host_bytes / 1e6:.0f} MB of memory for others",
+        soft_wrap=True,
+    )
 
 
 async def _refused(request: Request, error: Exception) -> Response:

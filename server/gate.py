@@ -119,12 +119,12 @@ class Gate:
         await self._infer(scope, receive, respond, route, principal)
 
     async def _principal(self, scope: Scope) -> Principal:
-        kind, _, bearer = Headers(scope=scope).get("authorization", "").partition(" ")
-        if not bearer and self._settings.anonymous is not None:
+        bearer = _bearer(Headers(scope=scope))
+        if bearer is None and self._settings.anonymous is not None:
             return self._settings.anonymous
-        if kind.lower() != "bearer" or not bearer.strip():
+        if not bearer:
             raise unauthorized()
-        principal = await _asked(self._directory.authenticate, bearer.strip())
+        principal = await _asked(self._directory.authenticate, bearer)
         if principal is None:
             raise unauthorized()
         return principal
@@ -202,6 +202,14 @@ def _meter(body: dict[str, Any], route: Route, path: str) -> Meter:
         hide_usage = not options.get("include_usage")
         body["stream_options"] = options | {"include_usage": True}
     return Meter(streamed, hide_usage)
+
+
+def _bearer(headers: Headers) -> str | None:
+    """The key that was sent: OpenAI's clients send a bearer token, Anthropic's a header."""
+    if "authorization" in headers:
+        kind, _, token = headers["authorization"].partition(" ")
+        return token.strip() if kind.lower() == "bearer" else ""
+    return headers.get("x-api-key")
 
 
 def _request_id(scope: Scope) -> str:

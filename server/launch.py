@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import secrets
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 
 from rich.console import Console
 from rich.markup import escape
 
+from spallm_serve.adapters_store.authority import OPERATOR
 from spallm_serve.adapters_store.base import open_base
+from spallm_serve.adapters_store.failures import ConflictError
 from spallm_serve.adapters_store.location import Location, locate
 from spallm_serve.adapters_store.records import Principal, Scope
 from spallm_serve.adapters_store.sandbox import Sandbox
@@ -27,7 +29,7 @@ from spallm_serve.server.settings import ServerSettings
 
 _SECRET_FILE = "cache-secret"
 # Whoever comes without a key, where nobody needs one.
-_ANYBODY = Principal(tenant="default", scopes=frozenset({Scope.ADMIN}), key_id="none")
+_ANYBODY = Principal(tenant="everybody", scopes=frozenset({Scope.ADMIN}), key_id="none")
 
 
 def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
@@ -113,7 +115,8 @@ def _welcome(store: AdapterStore, settings: ServerSettings, console: Console) ->
             f"[bold white on red] NO AUTHENTICATION [/] whoever reaches "
             f"{settings.host}:{settings.port} may do everything"
         )
-        store.keys.bootstrap()  # makes the tenant whose things everybody's are
+        with suppress(ConflictError):  # from the second start on it is there
+            store.tenants.create(OPERATOR, _ANYBODY.tenant, may_use_base=True)
         return _ANYBODY
     issued = store.keys.bootstrap()
     if issued is not None:

@@ -163,6 +163,18 @@ def test_without_a_valid_key_every_path_answers_alike(path: str, key: str | None
     assert found.headers["www-authenticate"] == "Bearer"
 
 
+def test_keys_come_as_bearer_tokens_or_as_anthropics_clients_send_them() -> None:
+    path, asked = "/v1/chat/completions", {"json": {"model": "support", "messages": []}}
+    for headers, status in (
+        ({"x-api-key": "acme-key"}, 200),
+        ({"x-api-key": "nobodys"}, 401),
+        ({"Authorization": "bearer acme-key"}, 200),
+        ({"Authorization": "Basic acme-key"}, 401),
+        ({"Authorization": "Basic x", "x-api-key": "acme-key"}, 401),
+    ):
+        assert World().ask(None, "POST", path, headers=headers, **asked).status_code == status
+
+
 def test_liveness_needs_no_key() -> None:
     assert World().ask(None, "GET", "/livez").status_code == 200
 
