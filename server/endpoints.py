@@ -10,7 +10,7 @@ from fastapi import FastAPI
 from rich.console import Console
 from starlette.datastructures import State
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from vllm import SamplingParams
 from vllm.lora.request import LoRARequest
 from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
@@ -94,7 +94,7 @@ def _say_capacity(settings: ServerSettings, facts: dict[str, Any]) -> None:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
+    return error.response()
 
 
 async def _flush_for_ever(here: runtime.Runtime) -> None:

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
-from starlette.responses import Response
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse
 
 
 class ApiError(Exception):
@@ -44,15 +42,9 @@ class ApiError(Exception):
         }
         return {"error": error}
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request with it."""
-        response = Response(
-            json.dumps(self.body),
-            self.status,
-            media_type="application/json",
-            headers=self.headers,
-        )
-        await response(scope, receive, send)
+    def response(self) -> JSONResponse:
+        """The whole of it."""
+        return JSONResponse(self.body, self.status, headers=self.headers)
 
 
 _TYPES = {

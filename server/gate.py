@@ -99,7 +99,7 @@ class Gate:
         except ApiError as error:
             if respond.started:
                 raise
-            await error(scope, receive, respond)
+            await error.response()(scope, receive, respond)
 
     async def _handle(self, scope: Scope, receive: Receive, respond: _Responding) -> None:
         method, path = scope["method"], scope["path"]

@@ -44,6 +44,7 @@ def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
     """
     _check_environment(engine_flags)
     console = Console(stderr=True, highlight=False)
+    given_secret = settings.secret_bytes()
     location = locate(settings.store, settings.database)
     own = location.folders.parent
     own.mkdir(parents=True, exist_ok=True)
@@ -57,7 +58,7 @@ def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
         runtime.start(
             runtime.Runtime(
                 settings=settings,
-                secret=settings.secret_bytes() or _kept_secret(own / _SECRET_FILE),
+                secret=given_secret or _kept_secret(own / _SECRET_FILE),
                 store=store,
                 directory=StoreDirectory(store, usage),
                 usage=usage,
@@ -80,7 +81,7 @@ def _check_environment(engine_flags: list[str]) -> None:
             "no authentication; unset it"
         )
     for flag in engine_flags:
-        name = flag.partition("=")[0]
+        name = flag.partition("=")[0].replace("_", "-")  # vLLM takes either
         if name in _OWN_FLAGS:
             raise UserError(f"{name}: {_OWN_FLAGS[name]}")
 
@@ -132,7 +133,9 @@ def _kept_secret(path: Path) -> bytes:
     """The server's own secret, made at the first start."""
     if not path.is_file():
         partial = path.with_name(path.name + ".partial")
-        partial.write_text(secrets.token_hex(SECRET_BYTES))
-        partial.chmod(0o600)
+        # Nobody else's from the first byte on.
+        descriptor = os.open(partial, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        with os.fdopen(descriptor, "w") as file:
+            file.write(secrets.token_hex(SECRET_BYTES))
         partial.replace(path)
     return bytes.fromhex(path.read_text())

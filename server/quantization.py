@@ -204,9 +204,8 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the planes: single rows are looked up in them."""
-        (whole,) = layer.spallm_loader.linears([layer.prefix])
-        layer.spallm_rows = whole
-        layer.spallm = SlottedLinear.of([whole], 1)
+        (layer.spallm_rows,) = layer.spallm_loader.linears([layer.prefix])
+        layer.spallm_head = None
         layer.spallm_loader.detach()
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
@@ -219,7 +218,9 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of a tied head, ``x [tokens, width] -> [tokens, vocabulary]``."""
-        slotted: SlottedLinear = layer.spallm
+        if layer.spallm_head is None:  # only a tied head needs the codes in a kernel's order, too
+            layer.spallm_head = SlottedLinear.of([layer.spallm_rows], 1)
+        slotted: SlottedLinear = layer.spallm_head
         return slotted(x, bias, StepSlots())
 
 

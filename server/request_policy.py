@@ -31,13 +31,15 @@ class RequestCaps:
     """Limits of one request, whatever the tenant's quota.
 
     Attributes:
-        choices: sequences generated for it.
+        choices: sequences generated for each of its prompts.
+        prompts: of a completion that is asked for several at once.
         tokens: generated for each of them.
         grammar_bytes: of a JSON schema, pattern or grammar.
         stop_sequences: texts to stop at.
     """
 
     choices: int = 8
+    prompts: int = 32
     tokens: int = 8192
     grammar_bytes: int = 16_384
     stop_sequences: int = 16
@@ -84,6 +86,10 @@ def _check_caps(body: dict[str, Any], caps: RequestCaps) -> None:
         raise _refused("use_beam_search", "beam search is not served")
     for field in ("max_tokens", "max_completion_tokens", "max_output_tokens", "min_tokens"):
         _at_most(body, field, caps.tokens)
+    prompt = body.get("prompt")
+    several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
+    if isinstance(prompt, list) and several and len(prompt) > caps.prompts:
+        raise _refused("prompt", f"{len(prompt)} prompts in one request, at most {caps.prompts}")
     stop = body.get("stop")
     if isinstance(stop, list) and len(stop) > caps.stop_sequences:
         raise _refused("stop", f"{len(stop)} stop sequences, at most {caps.stop_sequences}")

@@ -60,8 +60,8 @@ class Runtime:
 def servable(manifest: BaseManifest) -> BaseManifest:
     """What of a base an adapter can change while it is served: its compressed linears.
 
-    Normalisations and layers that were left as they are have no slots; an upload for them is
-    refused with the words that it would be refused with if they were not there.
+    Normalisations and layers that were left as they are have no slots. They are left out, so that
+    an upload that changes one of them is refused as one for a layer the base does not have.
     """
     linears = {name: shape for name, shape in manifest.linears.items() if shape.bits is not None}
     return manifest.model_copy(update={"linears": linears, "norms": {}})

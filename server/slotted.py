@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from spallm_serve.kernels import lut_linear, prepare_codes
+from spallm_serve.kernels.choice import backend_of
 
 # Takes the outputs [tokens, rows of the part] and the inputs [tokens, in] of one adapter's tokens.
 Addition = Callable[[Tensor, Tensor], Tensor]
@@ -66,21 +67,26 @@ class Sketched:
 
 @dataclass
 class _Segment:
-    """Linears of one format, their rows one below the other; ``tables [slots, out, groups, k]``."""
+    """Linears of one format, their rows one below the other; ``tables [slots, out, groups, k]``.
 
-    codes: dict[torch.dtype, Tensor]
-    planes: Tensor
+    The codes are held once: as bit-planes until the first product, then as its kernel reads them.
+    """
+
+    codes: Tensor
     columns: int
     tables: Tensor
+    prepared_for: torch.dtype | None = None
 
     def codes_for(self, dtype: torch.dtype) -> Tensor:
-        if dtype not in self.codes:
+        if dtype != self.prepared_for:
             # What inference mode makes could not take part in anything else later.
             with torch.inference_mode(False):
-                self.codes[dtype] = prepare_codes(
-                    self.planes, self.columns, self.tables.shape[2], dtype
-                )
-        return self.codes[dtype]
+                if self.prepared_for is not None:
+                    self.codes = backend_of(self.codes).planes(self.codes)
+                groups = self.tables.shape[2]
+                self.codes = prepare_codes(self.codes, self.columns, groups, dtype)
+            self.prepared_for = dtype
+        return self.codes
 
 
 @dataclass(frozen=True)
@@ -202,5 +208,4 @@ class SlottedLinear:
 def _segment(linears: Sequence[Sketched], slots: int) -> _Segment:
     planes = torch.cat([linear.planes for linear in linears], dim=1)
     tables = torch.cat([linear.tables for linear in linears])
-    every_slot = tables.expand(slots, *tables.shape).contiguous()
-    return _Segment({}, planes, linears[0].columns, every_slot)
+    return _Segment(planes, linears[0].columns, tables.repeat(slots, 1, 1, 1))

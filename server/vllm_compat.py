@@ -120,7 +120,8 @@ class SlotManager:
             UserError: it cannot be used on this base.
         """
         self._host.get(request.lora_path)
-        return self._folders.setdefault(request.lora_int_id, request.lora_path) is not None
+        self._folders[request.lora_int_id] = request.lora_path
+        return True
 
     def prefetch(self, folder: str) -> str:
         """Begin to load an adapter in a thread; never waits.
@@ -209,7 +210,7 @@ class SlotManager:
         if self._book.slot_of(adapter) is not None:
             self._book.touch(adapter)
             return
-        self.add_adapter(request)
+        self._folders[adapter] = request.lora_path
         held = self._host.get(request.lora_path)
         slot = self._book.reserve(needed)
         try:

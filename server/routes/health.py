@@ -26,12 +26,9 @@ class Readiness:
         self._lock = asyncio.Lock()
         self._asked = -float("inf")
         self._problem: str | None = "the engine has not been asked yet"
-        self.draining = False
 
     async def problem(self) -> str | None:
         """Why no request should be sent here; None if all is well."""
-        if self.draining:
-            return "shutting down"
         async with self._lock:
             if time.monotonic() - self._asked > _FRESH_SECONDS:
                 self._problem = await self._ask()

@@ -55,7 +55,6 @@ def test_many_who_ask_make_one_decode() -> None:
     assert engine.decoded == 1
 
 
-def test_draining_is_not_ready_but_alive() -> None:
-    readiness = Readiness(Engine("decodes").decode, 1)
-    readiness.draining = True
+def test_a_process_whose_engine_is_dead_is_alive_but_not_ready() -> None:
+    readiness = Readiness(Engine("is dead").decode, 1)
     assert [found.status_code for found in ask(readiness, "/readyz", "/livez")] == [503, 200]
