@@ -60,15 +60,29 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 
 
 def save_tiny(name: str, directory: Path, *, shard_size: str = "50GB") -> Path:
-    """A random model of one of :data:`CONFIGS`; biases and norms are random too."""
+    """A random model of one of :data:`CONFIGS`."""
+    return save_random(CONFIGS[name], directory, shard_size=shard_size)
+
+
+def save_random(
+    config: PreTrainedConfig, directory: Path, *, scale: float = 0.2, shard_size: str = "50GB"
+) -> Path:
+    """A random model; biases and norms are random too.
+
+    Args:
+        config: of it.
+        directory: where it goes.
+        scale: standard deviation of the weights.
+        shard_size: as transformers writes it.
+    """
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
+    model = AutoModelForCausalLM.from_config(config)
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
                 parameter.add_(torch.randn_like(parameter) * 0.1)
             else:
-                parameter.copy_(torch.randn_like(parameter) * 0.2)
+                parameter.copy_(torch.randn_like(parameter) * scale)
     model.tie_weights()
     model.save_pretrained(directory, max_shard_size=shard_size)
     return directory

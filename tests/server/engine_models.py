@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from transformers import (
-    AutoModelForCausalLM,
     Gemma3TextConfig,
     LlamaConfig,
     MistralConfig,
@@ -25,7 +24,7 @@ from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.identity import base_identity
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.models import load_model
-from tests.tiny_models import save_tokenizer
+from tests.tiny_models import save_random, save_tokenizer
 
 # The engine's attention wants heads of 32 channels or more.
 _SIZES = {
@@ -65,17 +64,7 @@ def make_base(name: str, directory: Path, **settings: object) -> Path:
 
 def make_dense(name: str, directory: Path) -> Path:
     """A random model with a tokenizer."""
-    torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_config(CONFIGS[name])
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.dim() == 1:
-                parameter.add_(torch.randn_like(parameter) * 0.1)
-            else:
-                parameter.copy_(torch.randn_like(parameter) * 0.15)
-    model.tie_weights()
-    model.save_pretrained(directory)
-    return save_tokenizer(directory)
+    return save_tokenizer(save_random(CONFIGS[name], directory, scale=0.15))
 
 
 def make_adapter(base: Path, kind: str, seed: int, directory: Path) -> Path:

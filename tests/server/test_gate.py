@@ -239,7 +239,8 @@ def test_fields_that_are_not_for_tenants(name: str) -> None:
     "body",
     [
         {"n": 9}, {"n": 1e9}, {"max_tokens": 10**9}, {"use_beam_search": True},
-        {"stop": ["a"] * 17}, {"prompt": ["a"] * 33}, {"prompt": [[1]] * 33}, {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
+        {"stop": ["a"] * 17}, {"prompt": ["a"] * 33}, {"prompt": [[1]] * 33},
+        {"chat_template_kwargs": {"chat_template": "{{ 1 }}"}},
         {"response_format": {"type": "json_schema", "schema": {"a": "x" * 20_000}}},
         {"tools": [{"deep": [["x" * 9_000], ["y" * 9_000]]}]}, {"model": ""}, {"model": 5},
         {"model": "x" * 600},

@@ -112,6 +112,22 @@ def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) 
     torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_the_codes_are_held_once_whatever_dtype_they_are_for(bits: int) -> None:
+    """Kernels want them in orders of their own; what one order held is gone with the next."""
+    whole, codes = random_linear(64, 128, bits, 2, 0)
+    layer = SlottedLinear.of([whole], 1)
+    x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
+    first = layer(x, None, StepSlots())
+    half = layer(x.bfloat16(), None, StepSlots())
+    expected = x.double() @ dense(codes, whole.tables).T
+    torch.testing.assert_close(half.double(), expected, rtol=0.05, atol=0.5)
+    assert torch.equal(layer(x, None, StepSlots()), first)
+    (segment,) = layer._segments
+    held = [value for value in vars(segment).values() if isinstance(value, Tensor)]
+    assert len(held) == 2
+
+
 def test_columns_that_are_no_whole_bytes_are_refused() -> None:
     whole, _ = random_linear(4, 24, 2, 1, 0)
     with pytest.raises(UserError, match="multiples of 8"):
