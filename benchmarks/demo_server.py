@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -107,29 +108,14 @@ def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> 
 def _tenant(data: Path, name: str) -> str:
     """Make a tenant with ``spallm-admin``, as an operator would; its key."""
     admin = str(Path(sys.executable).with_name("spallm-admin"))
-    subprocess.run(
-        [admin, "tenant", "create", name, "--base", "--store", str(data)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-    )
-    made = subprocess.run(
-        [
-            admin,
-            "key",
-            "create",
-            name,
-            "--scope",
-            "inference",
-            "--scope",
-            "adapters",
-            "--store",
-            str(data),
-        ],
-        check=True,
-        capture_output=True,
-    )
-    return made.stdout.decode().split()[-1]
+    for command in (
+        ["tenant", "create", name, "--base"],
+        ["key", "create", name, "--scope", "inference", "--scope", "adapters"],
+    ):
+        done = subprocess.run(
+            [admin, *command, "--store", str(data)], check=True, capture_output=True, text=True
+        )
+    return done.stdout.strip()
 
 
 def _upload(url: str, key: str, folder: Path) -> float:
@@ -147,19 +133,10 @@ def _upload(url: str, key: str, folder: Path) -> float:
 
 
 def _ask_together(url: str, asked: dict[str, tuple[str, str]]) -> dict[str, _Answer]:
-    """Each its own thread and openai client, so that the engine has them in one batch."""
-    answers: dict[str, _Answer] = {}
-    threads = [
-        threading.Thread(target=lambda who=who, key=key, model=model: answers.update(
-            {who: _ask(url, key, model)}
-        ))
-        for who, (key, model) in asked.items()
-    ]  # fmt: skip
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return {who: answers[who] for who in asked}
+    """Each in its own thread with its own openai client, so that the engine has them together."""
+    with ThreadPoolExecutor(len(asked)) as pool:
+        answers = pool.map(lambda each: _ask(url, *each), asked.values())
+        return dict(zip(asked, answers, strict=True))
 
 
 def _ask(url: str, key: str, model: str) -> _Answer:
