@@ -112,7 +112,8 @@ class Gate:
             raise not_found(path)
         if route.scope is not None and not principal.may(route.scope):
             raise forbidden(route.scope)
-        scope = {**scope, PRINCIPAL: principal}
+        # Routed by what was judged: under a root path the engine would route by the rest of it.
+        scope = {**scope, PRINCIPAL: principal, "root_path": ""}
         if not route.names_model:
             await self._app(scope, receive, respond)
             return
@@ -150,7 +151,8 @@ class Gate:
             prepared = prepare_request(body, resolved.engine_name, salt, self._settings.caps)
             respond.meter = _meter(prepared, route, scope["path"])
             respond.headers[ADAPTER_HEADER] = resolved.engine_name
-            scope, receive = with_body(scope, receive, prepared)
+            request_id = {REQUEST_ID_HEADER: respond.headers[REQUEST_ID_HEADER]}
+            scope, receive = with_body(scope, receive, prepared, request_id)
             try:
                 await self._app(scope, receive, respond)
             finally:

@@ -24,6 +24,11 @@ REFUSED = {
 }
 # What a template's own switches may not smuggle in.
 _REFUSED_TEMPLATE_SWITCHES = ("chat_template", "tokenize", "tools", "documents")
+# What holds a schema, a grammar or words that the engine compiles.
+_TEXTS = (
+    "response_format", "structured_outputs", "tools", "text", "output_config", "stop",
+    "stop_sequences", "bad_words",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -34,8 +39,9 @@ class RequestCaps:
         choices: sequences generated for each of its prompts.
         prompts: of a completion that is asked for several at once.
         tokens: generated for each of them.
-        grammar_bytes: of a JSON schema, pattern or grammar.
+        grammar_bytes: of a JSON schema, pattern or grammar, and of all words to stop at or avoid.
         stop_sequences: texts to stop at.
+        listed_tokens: that are allowed, biased, to stop at, or to tell the likelihood of.
     """
 
     choices: int = 8
@@ -43,6 +49,7 @@ class RequestCaps:
     tokens: int = 8192
     grammar_bytes: int = 16_384
     stop_sequences: int = 16
+    listed_tokens: int = 1024
 
 
 def prepare_request(
@@ -71,6 +78,9 @@ def prepare_request(
         for name in _REFUSED_TEMPLATE_SWITCHES:
             if name in switches:
                 raise _refused("chat_template_kwargs", f"chat_template_kwargs cannot set {name!r}")
+    # The engine would take "true" or "1" as well, and what is asked for would not be what was seen.
+    if not isinstance(body.get("stream"), bool | None):
+        raise _refused("stream", "stream: expected true or false")
     _check_caps(body, caps)
     prepared = {name: value for name, value in body.items() if name not in REFUSED}
     prepared |= {"model": engine_model, "cache_salt": salt}
@@ -90,18 +100,28 @@ def _check_caps(body: dict[str, Any], caps: RequestCaps) -> None:
     several = isinstance(prompt, list) and any(isinstance(each, str | list) for each in prompt)
     if isinstance(prompt, list) and several and len(prompt) > caps.prompts:
         raise _refused("prompt", f"{len(prompt)} prompts in one request, at most {caps.prompts}")
-    stop = body.get("stop")
-    if isinstance(stop, list) and len(stop) > caps.stop_sequences:
-        raise _refused("stop", f"{len(stop)} stop sequences, at most {caps.stop_sequences}")
-    for field in ("response_format", "structured_outputs", "tools", "text"):
+    for field in ("stop", "stop_sequences"):
+        _no_longer(body, field, caps.stop_sequences)
+    for field in ("stop_token_ids", "allowed_token_ids", "logprob_token_ids", "logit_bias"):
+        _no_longer(body, field, caps.listed_tokens)
+    for field in _TEXTS:
         size = _text_size(body.get(field), caps.grammar_bytes)
         if size > caps.grammar_bytes:
             raise _refused(field, f"{field} holds more than {caps.grammar_bytes} characters")
 
 
+def _no_longer(body: dict[str, Any], field: str, limit: int) -> None:
+    value = body.get(field)
+    if isinstance(value, list | dict) and len(value) > limit:
+        raise _refused(field, f"{field} has {len(value)} entries, at most {limit} are taken")
+
+
 def _at_most(body: dict[str, Any], field: str, limit: int) -> None:
     value = body.get(field)
-    if isinstance(value, int | float) and value > limit:
+    # The engine would take "8" for 8.
+    if not isinstance(value, int | float | None):
+        raise _refused(field, f"{field}: expected a number")
+    if value is not None and not value <= limit:
         raise _refused(field, f"{field} is {value}, at most {limit} can be asked for")
 
 

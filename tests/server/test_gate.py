@@ -73,6 +73,7 @@ class Engine:
 
     def __init__(self) -> None:
         self.seen: list[dict[str, Any]] = []
+        self.headers: list[dict[str, str]] = []
         self.loaded: list[str] = []
         self.waiting = asyncio.Event()
         self.go_on = asyncio.Event()
@@ -95,6 +96,7 @@ class Engine:
         body = await request.json()
         assert body["model"] in self.loaded
         self.seen.append(body)
+        self.headers.append(dict(request.headers))
         if body.get("messages") == "wait":
             self.waiting.set()
             await self.go_on.wait()
@@ -122,12 +124,12 @@ class World:
     engine: Engine = field(default_factory=Engine)
     settings: GateSettings = field(default_factory=lambda: GateSettings(SECRET, body_seconds=0.3))
 
-    def client(self, key: str | None) -> httpx.AsyncClient:
+    def client(self, key: str | None, root_path: str = "") -> httpx.AsyncClient:
         gate = Gate(
             self.engine.app, self.tenants, self.limiter, self.metrics, self.load, self.settings
         )
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        transport = httpx.ASGITransport(gate)
+        transport = httpx.ASGITransport(gate, root_path=root_path)
         return httpx.AsyncClient(transport=transport, base_url="http://gate", headers=headers)
 
     def __post_init__(self) -> None:
@@ -138,9 +140,11 @@ class World:
     async def load(self, resolved: Resolved) -> None:
         self.engine.loaded.append(resolved.engine_name)
 
-    def ask(self, key: str | None, method: str, path: str, **more: Any) -> httpx.Response:
+    def ask(
+        self, key: str | None, method: str, path: str, *, root_path: str = "", **more: Any
+    ) -> httpx.Response:
         async def asked() -> httpx.Response:
-            async with self.client(key) as client:
+            async with self.client(key, root_path) as client:
                 return await client.request(method, path, **more)
 
         return asyncio.run(asked())
