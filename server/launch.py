@@ -22,9 +22,11 @@ from spallm_serve.adapters_store.validate import UploadLimits
 from spallm_serve.errors import UserError
 from spallm_serve.server import runtime
 from spallm_serve.server.directory import StoreDirectory, UsageBook
+from spallm_serve.server.intake import Intake
 from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metrics import TenantLabels, TenantMetrics
 from spallm_serve.server.salt import SECRET_BYTES
+from spallm_serve.server.scratch import scratch_folder
 from spallm_serve.server.settings import ServerSettings
 
 _SECRET_FILE = "cache-secret"
@@ -53,8 +55,7 @@ def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
         anonymous = _welcome(store, settings, console)
         usage = UsageBook(store)
         opened.callback(usage.flush)
-        uploads = own / "uploads"
-        uploads.mkdir(exist_ok=True)
+        uploads = opened.enter_context(scratch_folder(own / "uploads"))
         runtime.start(
             runtime.Runtime(
                 settings=settings,
@@ -65,6 +66,7 @@ def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
                 limiter=TenantLimiter(settings.rate_storage),
                 metrics=TenantMetrics(TenantLabels(settings.metrics_tenants)),
                 uploads=uploads,
+                intake=Intake(settings.uploads),
                 anonymous=anonymous,
             )
         )

@@ -13,6 +13,7 @@ from spallm_serve.adapters_store.manifest import BaseManifest
 from spallm_serve.adapters_store.records import Principal
 from spallm_serve.adapters_store.store import AdapterStore
 from spallm_serve.server.directory import StoreDirectory, UsageBook
+from spallm_serve.server.intake import Intake
 from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metrics import TenantMetrics
 from spallm_serve.server.residency import Residency
@@ -31,6 +32,7 @@ class Runtime:
         usage: not yet in the store.
         limiter, metrics: of tenants.
         uploads: folder for what is on its way in.
+        intake: how many of them there are at a time.
         anonymous: who everybody without a key is, or None.
         residency: there once the engine runs.
     """
@@ -43,6 +45,7 @@ class Runtime:
     limiter: TenantLimiter
     metrics: TenantMetrics
     uploads: Path
+    intake: Intake
     anonymous: Principal | None
     residency: Residency | None = None
 

@@ -66,6 +66,7 @@ class ServerSettings(BaseSettings):
     upload_seconds: float = Field(
         default=600, gt=0, description="until an upload has to be complete"
     )
+    uploads: int = Field(default=8, ge=1, description="at a time; half of them may be one tenant's")
     max_choices: int = Field(default=8, ge=1, description="sequences of one request")
     max_tokens: int = Field(default=8192, ge=1, description="generated for each of them")
 

@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import asyncio
-import shutil
 import tempfile
-from collections.abc import AsyncGenerator, AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
-from starlette.requests import Request
+from python_multipart.exceptions import FormParserError
+from python_multipart.multipart import (
+    MultipartParser,
+    parse_options_header,
+)
+from starlette.requests import ClientDisconnect, Request
 
 from spallm_serve.server.errors import ApiError, too_large
 from spallm_serve.server.settings import ServerSettings
+
+if TYPE_CHECKING:  # it is not there otherwise
+    from python_multipart.multipart import MultipartCallbacks
 
 CONFIG_PART, TENSOR_PART = "config", "tensors"
 _FORM_OVERHEAD = 16_384
@@ -61,41 +67,104 @@ async def received(
 
 
 async def _parsed(request: Request, folder: Path, limit: int) -> Upload:
-    parser = MultiPartParser(request.headers, _capped(request, limit), max_files=2, max_fields=0)
-    try:
-        form = await parser.parse()
-    except (MultiPartException, KeyError, AssertionError, ValueError) as error:
-        raise ApiError(400, f"not a form of two files ({error})", "invalid_upload") from error
-    try:
-        paths = {}
-        for name in (CONFIG_PART, TENSOR_PART):
-            part = form.get(name)
-            if not isinstance(part, UploadFile):
-                raise ApiError(
-                    400,
-                    f"the file {name!r} is missing: expected multipart/form-data with the files "
-                    f"{CONFIG_PART!r} (adapter_config.json) and {TENSOR_PART!r} "
-                    "(adapter_model.safetensors)",
-                    "invalid_upload",
-                    param=name,
-                )
-            paths[name] = folder / name
-            await asyncio.to_thread(_written, part, paths[name])
-    finally:
-        await form.close()
-    return Upload(paths[CONFIG_PART], paths[TENSOR_PART])
-
-
-def _written(part: UploadFile, path: Path) -> None:
-    part.file.seek(0)
-    with path.open("wb") as file:
-        shutil.copyfileobj(part.file, file)
-
-
-async def _capped(request: Request, limit: int) -> AsyncGenerator[bytes, None]:
+    kind, options = parse_options_header(request.headers.get("content-type"))
+    boundary = options.get(b"boundary")
+    if kind != b"multipart/form-data" or not boundary:
+        raise _no_form("expected Content-Type: multipart/form-data with a boundary")
     size = 0
-    async for chunk in request.stream():
-        size += len(chunk)
-        if size > limit:
-            raise too_large(limit, "the upload")
-        yield chunk
+    with ExitStack() as opened:
+        form = _Form(folder, opened)
+        try:
+            parser = MultipartParser(boundary, form.callbacks())
+            async for chunk in request.stream():
+                size += len(chunk)
+                if size > limit:
+                    raise too_large(limit, "the upload")
+                parser.write(chunk)
+                await asyncio.to_thread(form.write)
+            parser.finalize()
+        except (FormParserError, ValueError) as error:
+            raise _no_form(str(error)) from error
+        except ClientDisconnect as error:
+            raise ApiError(400, "the client went away", "client_closed_request") from error
+    for name in (CONFIG_PART, TENSOR_PART):
+        if name not in form.complete:
+            raise _no_form(f"the file {name!r} is missing", name)
+    return Upload(folder / CONFIG_PART, folder / TENSOR_PART)
+
+
+class _Form:
+    """The parts of a form, each into a file of its name.
+
+    They go there directly, and to no other disk: what they may fill is the server's to choose.
+
+    Args:
+        folder: where to.
+        opened: closes the files.
+    """
+
+    def __init__(self, folder: Path, opened: ExitStack) -> None:
+        self._folder, self._opened = folder, opened
+        self._field, self._value, self._disposition = b"", b"", b""
+        self._file: BinaryIO
+        self._name = ""
+        self._waiting: list[tuple[BinaryIO, bytes]] = []
+        self.complete: set[str] = set()
+
+    def callbacks(self) -> MultipartCallbacks:
+        """For the parser; they only remember, since they are called in the server's event loop."""
+        return {
+            "on_part_begin": self._begin,
+            "on_header_field": self._header_field,
+            "on_header_value": self._header_value,
+            "on_header_end": self._header_end,
+            "on_headers_finished": self._headers_finished,
+            "on_part_data": self._data,
+            "on_part_end": self._end,
+        }
+
+    def write(self) -> None:
+        """Bring what has come to the disk; blocks."""
+        waiting, self._waiting = self._waiting, []
+        for file, data in waiting:
+            file.write(data)
+
+    def _begin(self) -> None:
+        self._field, self._value, self._disposition = b"", b"", b""
+
+    def _header_field(self, data: bytes, start: int, end: int) -> None:
+        self._field += data[start:end]
+
+    def _header_value(self, data: bytes, start: int, end: int) -> None:
+        self._value += data[start:end]
+
+    def _header_end(self) -> None:
+        if self._field.lower() == b"content-disposition":
+            self._disposition = self._value
+        self._field, self._value = b"", b""
+
+    def _headers_finished(self) -> None:
+        _, options = parse_options_header(self._disposition)
+        self._name = options.get(b"name", b"").decode("latin-1")
+        if self._name not in (CONFIG_PART, TENSOR_PART) or b"filename" not in options:
+            raise _no_form(f"a part {self._name[:40]!r} that is none of its files")
+        path = self._folder / self._name
+        if path.exists():
+            raise _no_form(f"the file {self._name!r} is there twice", self._name)
+        self._file = self._opened.enter_context(path.open("xb"))
+
+    def _data(self, data: bytes, start: int, end: int) -> None:
+        self._waiting.append((self._file, data[start:end]))
+
+    def _end(self) -> None:
+        self.complete.add(self._name)
+
+
+def _no_form(problem: str, param: str | None = None) -> ApiError:
+    return ApiError(
+        400,
+        f"{problem}; expected multipart/form-data with the files {CONFIG_PART!r} "
+        f"(adapter_config.json) and {TENSOR_PART!r} (adapter_model.safetensors)",
+        "invalid_upload",
+        param=param,
+    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from functools import partial
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -68,19 +68,21 @@ async def put_adapter(request: Request) -> Response:
     """Store a version and release it: two parts, ``config`` and ``tensors``."""
     here, principal = runtime.current(), _principal(request)
     owner, name = _named(request)
-    async with received(request, here.uploads, here.settings) as upload:
-        put = partial(here.store.put, principal, owner, name, upload.config, upload.tensors)
-        found = await _asked(put)
+    with here.intake.turn(principal.tenant):
+        async with received(request, here.uploads, here.settings) as upload:
+            put = partial(here.store.put, principal, owner, name, upload.config, upload.tensors)
+            found = await _asked(put, here.intake.run)
     body = found.model_dump(mode="json") | {"model": found.version.engine_name}
     return JSONResponse(body, 201 if found.created else 200)
 
 
 async def validate_adapter(request: Request) -> Response:
     """Say whether an upload would be taken; nothing of it is kept."""
-    here = runtime.current()
-    async with received(request, here.uploads, here.settings) as upload:
-        check = partial(here.store.validate, _principal(request), upload.config, upload.tensors)
-        found = await _asked(check)
+    here, principal = runtime.current(), _principal(request)
+    with here.intake.turn(principal.tenant):
+        async with received(request, here.uploads, here.settings) as upload:
+            check = partial(here.store.validate, principal, upload.config, upload.tensors)
+            found = await _asked(check, here.intake.run)
     return JSONResponse(found.model_dump(mode="json", exclude={"config"}) | {"valid": True})
 
 
@@ -140,10 +142,13 @@ async def act_on_adapter(request: Request) -> Response:
     )
 
 
-async def _asked(question: Callable[[], _Answer]) -> _Answer:
+async def _asked(
+    question: Callable[[], _Answer],
+    run: Callable[[Callable[[], _Answer]], Awaitable[_Answer]] = asyncio.to_thread,
+) -> _Answer:
     """The store's answer, or its refusal with a status."""
     try:
-        return await asyncio.to_thread(question)
+        return await run(question)
     except StoreError as error:
         status, code = next(
             (status, code) for kind, status, code in _STATUS if isinstance(error, kind)

@@ -20,6 +20,7 @@ from spallm_serve.adapters_store.records import Scope as KeyScope
 from spallm_serve.adapters_store.store import AdapterStore
 from spallm_serve.server import runtime
 from spallm_serve.server.directory import StoreDirectory, UsageBook
+from spallm_serve.server.intake import Intake
 from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metrics import TenantLabels, TenantMetrics
 from spallm_serve.server.settings import ServerSettings
@@ -88,6 +89,7 @@ def running(store: AdapterStore, directory: Path, **settings: Any) -> Iterator[r
         limiter=TenantLimiter(),
         metrics=TenantMetrics(TenantLabels(10), CollectorRegistry()),
         uploads=uploads,
+        intake=Intake(8),
         anonymous=None,
         residency=engine,
     )
