@@ -88,11 +88,14 @@ class Adapters:
 
         Raises:
             NotFoundError: it is not there, or not for this tenant to see.
+            StoreError: not a name.
         """
+        check_name(owner, "tenant")
+        check_name(name, "adapter")
         with self._catalog.read() as connection:
             found = visible(connection, tenant, owner, name)
         if not found:
-            raise absent(check_name(owner, "tenant"), check_name(name, "adapter"))
+            raise absent(owner, name)
         return found[0]
 
     def move(
@@ -143,12 +146,13 @@ class Adapters:
         Raises:
             NotFoundError: nothing of that name was ever released.
             ForbiddenError: the key is not good for it.
+            StoreError: not a name.
         """
-        expect_owner(actor, owner, name)
+        expect_owner(actor, check_name(owner, "tenant"), check_name(name, "adapter"))
         with self._catalog.read() as connection:
             moves = history(connection, owner, name)
         if not moves:
-            raise absent(check_name(owner, "tenant"), check_name(name, "adapter"))
+            raise absent(owner, name)
         return [Release(**move) for move in moves]
 
     def delete(self, actor: Principal, owner: str, name: str) -> list[Version]:
@@ -237,7 +241,9 @@ class Adapters:
         Raises:
             NotFoundError: the adapter has no release.
             ForbiddenError: the key is not good for it.
+            StoreError: not a name.
         """
+        check_name(grantee, "tenant")
         with self._changing(actor, owner, name) as connection:
             _expect_alias(connection, owner, name)
             found = connection.execute(

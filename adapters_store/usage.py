@@ -10,6 +10,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from spallm_serve.adapters_store.catalog import Catalog
 from spallm_serve.adapters_store.failures import ForbiddenError
+from spallm_serve.adapters_store.names import check_name
 from spallm_serve.adapters_store.records import Principal, Scope, UsageRow
 from spallm_serve.adapters_store.schema import usage
 
@@ -58,6 +59,7 @@ class Usage:
 
         Raises:
             ForbiddenError: another's usage is asked for without being an admin.
+            StoreError: not a tenant's name.
         """
         if not actor.may(Scope.ADMIN):
             if tenant not in (None, actor.tenant):
@@ -65,7 +67,7 @@ class Usage:
             tenant = actor.tenant
         query = select(usage).order_by(usage.c.tenant, usage.c.adapter, usage.c.day)
         if tenant is not None:
-            query = query.where(usage.c.tenant == tenant)
+            query = query.where(usage.c.tenant == check_name(tenant, "tenant"))
         if first is not None:
             query = query.where(usage.c.day >= first)
         if last is not None:

@@ -7,6 +7,7 @@ from argparse import Namespace
 from typing import Any
 
 from fastapi import FastAPI
+from pydantic import BaseModel
 from rich.console import Console
 from starlette.datastructures import State
 from starlette.requests import Request
@@ -18,25 +19,28 @@ from vllm.lora.resolver import LoRAResolver, LoRAResolverRegistry
 from spallm_serve.server import runtime
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.residency import Residency
-from spallm_serve.server.routes import adapters, health, models, operations
+from spallm_serve.server.routes import adapters, answers, health, models, operations
 from spallm_serve.server.settings import ServerSettings
 
 NAME = "spallm-endpoints"
 _LOAD_SECONDS = 60.0
 _FLUSH_SECONDS = 2.0
-_ROUTES = (
-    ("GET", "/livez", health.livez),
-    ("GET", "/readyz", health.readyz),
-    ("GET", "/v1/models", models.list_models),
-    ("GET", "/v1/models/{model:path}", models.get_model),
-    ("GET", "/v1/usage", operations.usage),
-    ("GET", "/v1/residency", operations.residency),
-    ("GET", "/v1/adapters", adapters.list_adapters),
-    ("POST", "/v1/adapters:validate", adapters.validate_adapter),
-    ("PUT", "/v1/adapters/{name:path}", adapters.put_adapter),
-    ("GET", "/v1/adapters/{name:path}", adapters.get_adapter),
-    ("POST", "/v1/adapters/{name:path}", adapters.act_on_adapter),
-    ("DELETE", "/v1/adapters/{name:path}", adapters.delete_adapter),
+_ADAPTER = "/v1/adapters/{name:path}"
+_ACTION = answers.body(adapters.Action)
+# Method, path, endpoint, what it answers with, and what it takes.
+_ROUTES: tuple[tuple[str, str, Any, type[BaseModel], dict[str, Any]], ...] = (
+    ("GET", "/livez", health.livez, answers.Status, {}),
+    ("GET", "/readyz", health.readyz, answers.Status, {}),
+    ("GET", "/v1/models", models.list_models, answers.ModelCards, {}),
+    ("GET", "/v1/models/{model:path}", models.get_model, answers.ModelCard, answers.MODEL),
+    ("GET", "/v1/usage", operations.usage, answers.Usages, answers.USAGE),
+    ("GET", "/v1/residency", operations.residency, answers.Workers, {}),
+    ("GET", "/v1/adapters", adapters.list_adapters, answers.AdapterInfos, {}),
+    ("POST", "/v1/adapters:validate", adapters.validate_adapter, answers.Valid, answers.UPLOAD),
+    ("PUT", _ADAPTER, adapters.put_adapter, answers.Stored, answers.NAMED | answers.UPLOAD),
+    ("GET", _ADAPTER, adapters.get_adapter, answers.AdapterWithReleases, answers.NAMED),
+    ("POST", _ADAPTER, adapters.act_on_adapter, answers.Done, answers.NAMED | _ACTION),
+    ("DELETE", _ADAPTER, adapters.delete_adapter, answers.Deleted, answers.NAMED_VERSION),
 )
 
 
@@ -48,8 +52,15 @@ class SpallmEndpoints:
 
     def attach_router(self, app: FastAPI) -> None:
         """Add the routes; those of vLLM's with the same path and method are replaced."""
-        for method, path, endpoint in _ROUTES:
-            app.add_api_route(path, endpoint, methods=[method], response_model=None)
+        for method, path, endpoint, answer, takes in _ROUTES:
+            app.add_api_route(
+                path,
+                endpoint,
+                methods=[method],
+                response_model=None,
+                responses={200: {"model": answer}, "default": {"model": answers.Refusal}},
+                openapi_extra=takes,
+            )
         app.add_exception_handler(ApiError, _refused)
         # Now, not with the state: vLLM looks for resolvers before that.
         LoRAResolverRegistry.register_resolver(NAME, _GateResolver())

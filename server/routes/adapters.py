@@ -2,46 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from functools import partial
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from spallm_serve.adapters_store.failures import (
-    ConflictError,
-    DamagedError,
-    ForbiddenError,
-    NotFoundError,
-    QuotaError,
-    RejectedError,
-    StoreError,
-    UnavailableError,
-)
+from spallm_serve.adapters_store.failures import StoreError
 from spallm_serve.adapters_store.records import Principal
 from spallm_serve.server import runtime
 from spallm_serve.server.body import read_json
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.gate import PRINCIPAL
+from spallm_serve.server.routes.asking import asked
 from spallm_serve.server.upload import received
 
 _ACTION_BYTES, _ACTION_SECONDS = 4096, 10.0
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-_Answer = TypeVar("_Answer")
-# The most particular first.
-_STATUS: tuple[tuple[type[StoreError], int, str], ...] = (
-    (RejectedError, 400, "invalid_adapter"),
-    (NotFoundError, 404, "adapter_not_found"),
-    (ForbiddenError, 403, "forbidden"),
-    (ConflictError, 409, "conflict"),
-    (QuotaError, 413, "quota_exceeded"),
-    (UnavailableError, 503, "store_unavailable"),
-    (DamagedError, 503, "store_damaged"),
-    (StoreError, 400, "invalid_request"),
-)
 
 
 class Action(BaseModel):
@@ -71,7 +50,7 @@ async def put_adapter(request: Request) -> Response:
     with here.intake.turn(principal.tenant):
         async with received(request, here.uploads, here.settings) as upload:
             put = partial(here.store.put, principal, owner, name, upload.config, upload.tensors)
-            found = await _asked(put, here.intake.run)
+            found = await asked(put, here.intake.run)
     body = found.model_dump(mode="json") | {"model": found.version.engine_name}
     return JSONResponse(body, 201 if found.created else 200)
 
@@ -82,14 +61,14 @@ async def validate_adapter(request: Request) -> Response:
     with here.intake.turn(principal.tenant):
         async with received(request, here.uploads, here.settings) as upload:
             check = partial(here.store.validate, principal, upload.config, upload.tensors)
-            found = await _asked(check, here.intake.run)
+            found = await asked(check, here.intake.run)
     return JSONResponse(found.model_dump(mode="json", exclude={"config"}) | {"valid": True})
 
 
 async def list_adapters(request: Request) -> Response:
     """All that the tenant may see."""
     here = runtime.current()
-    found = await _asked(partial(here.store.adapters.list_visible, _principal(request).tenant))
+    found = await asked(partial(here.store.adapters.list_visible, _principal(request).tenant))
     return JSONResponse(
         {"object": "list", "data": [each.model_dump(mode="json") for each in found]}
     )
@@ -100,10 +79,10 @@ async def get_adapter(request: Request) -> Response:
     here, principal = runtime.current(), _principal(request)
     owner, name = _named(request)
     adapters = here.store.adapters
-    found = await _asked(partial(adapters.get, principal.tenant, owner, name))
+    found = await asked(partial(adapters.get, principal.tenant, owner, name))
     body: dict[str, Any] = found.model_dump(mode="json")
     if owner == principal.tenant:
-        moves = await _asked(partial(adapters.history, principal, owner, name))
+        moves = await asked(partial(adapters.history, principal, owner, name))
         body["releases"] = [move.model_dump(mode="json") for move in moves]
     return JSONResponse(body)
 
@@ -115,9 +94,9 @@ async def delete_adapter(request: Request) -> Response:
     version = request.query_params.get("version")
     adapters = here.store.adapters
     if version is None:
-        gone = await _asked(partial(adapters.delete, principal, owner, name))
+        gone = await asked(partial(adapters.delete, principal, owner, name))
     else:
-        gone = [await _asked(partial(adapters.delete_version, principal, owner, name, version))]
+        gone = [await asked(partial(adapters.delete_version, principal, owner, name, version))]
     return JSONResponse({"deleted": [each.engine_name for each in gone]})
 
 
@@ -136,24 +115,10 @@ async def act_on_adapter(request: Request) -> Response:
         "publish": lambda: adapters.publish(*of_whom),
         "unpublish": lambda: adapters.publish(*of_whom, public=False),
     }
-    done = await _asked(does[told.action])
+    done = await asked(does[told.action])
     return JSONResponse(
         {"done": told.action} | ({} if done is None else done.model_dump(mode="json"))
     )
-
-
-async def _asked(
-    question: Callable[[], _Answer],
-    run: Callable[[Callable[[], _Answer]], Awaitable[_Answer]] = asyncio.to_thread,
-) -> _Answer:
-    """The store's answer, or its refusal with a status."""
-    try:
-        return await run(question)
-    except StoreError as error:
-        status, code = next(
-            (status, code) for kind, status, code in _STATUS if isinstance(error, kind)
-        )
-        raise ApiError(status, str(error), code) from error
 
 
 def _principal(request: Request) -> Principal:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
+from functools import partial
 from typing import Any
 
 from starlette.requests import Request
@@ -12,11 +12,12 @@ from spallm_serve.adapters_store.records import Principal, Version
 from spallm_serve.server import runtime
 from spallm_serve.server.errors import model_not_found
 from spallm_serve.server.gate import PRINCIPAL
+from spallm_serve.server.routes.asking import asked
 
 
 async def list_models(request: Request) -> Response:
     """The base, if the tenant may use it, its own adapters and those shared with it."""
-    cards = await asyncio.to_thread(_cards, request.scope[PRINCIPAL])
+    cards = await asked(partial(_cards, request.scope[PRINCIPAL]))
     return JSONResponse({"object": "list", "data": cards})
 
 
@@ -29,7 +30,7 @@ async def get_model(request: Request) -> Response:
     principal: Principal = request.scope[PRINCIPAL]
     model = request.path_params["model"]
     here = runtime.current()
-    resolved = await asyncio.to_thread(here.directory.resolve, principal.tenant, model)
+    resolved = await asked(partial(here.directory.resolve, principal.tenant, model))
     if resolved is None:
         raise model_not_found(model)
     return JSONResponse(_card(model, 0, resolved.engine_name))

@@ -2,37 +2,33 @@
 
 from __future__ import annotations
 
-import asyncio
 from datetime import date
 from functools import partial
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from spallm_serve.adapters_store.failures import StoreError
 from spallm_serve.adapters_store.records import Principal
 from spallm_serve.server import runtime
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.gate import PRINCIPAL
+from spallm_serve.server.routes.asking import asked
 
 
 async def usage(request: Request) -> Response:
     """Requests and tokens by adapter and day; ``?from=``, ``?to=``, and for admins ``?tenant=``."""
     here = runtime.current()
     principal: Principal = request.scope[PRINCIPAL]
-    asked = request.query_params
+    query = request.query_params
     report = partial(
         here.store.usage.report,
         principal,
-        tenant=asked.get("tenant"),
-        first=_day(asked.get("from"), "from"),
-        last=_day(asked.get("to"), "to"),
+        tenant=query.get("tenant"),
+        first=_day(query.get("from"), "from"),
+        last=_day(query.get("to"), "to"),
     )
-    try:
-        await asyncio.to_thread(here.usage.flush)
-        rows = await asyncio.to_thread(report)
-    except StoreError as error:
-        raise ApiError(403, str(error), "forbidden") from error
+    await asked(here.usage.flush)
+    rows = await asked(report)
     return JSONResponse({"object": "list", "data": [row.model_dump(mode="json") for row in rows]})
 
 

@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 
 from spallm_serve.adapters_store.store import AdapterStore
 from spallm_serve.compressor.observer import SilentObserver
 from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.settings import CompressSettings
-from tests.adapters_store import postgres
 from tests.adapters_store.stored import location, opened
 from tests.tiny_models import save_tiny, save_tokenizer
 
@@ -59,28 +56,6 @@ def text(tmp_path: Path) -> Path:
     path = tmp_path / "text.txt"
     path.write_text("The quick brown fox jumps over the lazy dog, 0123456789 times. " * 20)
     return path
-
-
-@pytest.fixture(scope="session")
-def postgres_url() -> Iterator[str]:
-    """Of a server of the tests' own, with ``{database}`` to be filled in."""
-    where = postgres.binaries()
-    if where is None:
-        pytest.skip("no PostgreSQL here (initdb is neither on the path nor in /usr/lib/postgresql)")
-    with postgres.running_server(where) as url:
-        yield url
-
-
-@pytest.fixture(params=["sqlite", "postgresql"])
-def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
-    """The URL of an empty database of each kind."""
-    if request.param == "sqlite":
-        return f"sqlite:///{tmp_path / 'catalogue.db'}"
-    url: str = request.getfixturevalue("postgres_url")
-    name = f"test_{secrets.token_hex(6)}"
-    with psycopg.connect(url.format(database="postgres"), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}")
-    return url.format(database=name)
 
 
 @pytest.fixture

@@ -58,6 +58,11 @@ class Gated:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         runtime.start(self.here)
+        if scope["type"] == "lifespan":  # the engine's application begins and ends with its engine
+            for event in ("startup", "shutdown"):
+                await receive()
+                await send({"type": f"lifespan.{event}.complete"})
+            return
         await self.app(scope, receive, send)
 
     def client(self, key: str | None) -> httpx.AsyncClient:
