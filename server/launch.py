@@ -96,6 +96,7 @@ _OWN_FLAGS = {
     "--lora-modules": "adapters are uploaded: PUT /v1/adapters/NAME",
     "--worker-extension-cls": "the workers' extension brings adapters here",
     "--chat-template": "the base's own template is used; put another one into its directory",
+    "--enable-prompt-embeds": "embeddings that tenants send would be deserialised in the engine",
     "--trust-remote-code": "no code from a model directory is run",
 }
 

