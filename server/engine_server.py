@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from spallm_serve.server import endpoints, vllm_compat
+from spallm_serve.server import endpoints, orphans, vllm_compat
 from spallm_serve.server.settings import ServerSettings
 
 _PLUGINS = f"spallm,{endpoints.NAME}"
@@ -40,6 +40,7 @@ def run(settings: ServerSettings, engine_flags: list[str]) -> None:
     os.environ["VLLM_PLUGINS"] = _PLUGINS
     # The resolver needs it; vLLM's routes that load any path are not let through by the gate.
     os.environ["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] = "1"
+    os.environ[orphans.MARK] = "1"
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     vllm_compat.check_version()

@@ -11,8 +11,9 @@ def register() -> None:
     from vllm.model_executor.layers.quantization import register_quantization_config
 
     from spallm_serve.checkpoint import QUANT_METHOD
-    from spallm_serve.server import vllm_compat
+    from spallm_serve.server import orphans, vllm_compat
     from spallm_serve.server.quantization import SpallmQuantization
 
+    orphans.end_with_parent()
     vllm_compat.install()
     register_quantization_config(QUANT_METHOD)(SpallmQuantization)
