@@ -14,7 +14,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from spallm_serve.adapters_store.failures import StoreError
-from spallm_serve.adapters_store.records import Principal, Quota, Resolved
+from spallm_serve.adapters_store.records import Principal, Resolved
 from spallm_serve.server.body import read_json, with_body
 from spallm_serve.server.directory import Directory
 from spallm_serve.server.errors import ApiError, forbidden, model_not_found, not_found, unauthorized
@@ -153,10 +153,14 @@ class Gate:
             respond.headers[ADAPTER_HEADER] = resolved.engine_name
             request_id = {REQUEST_ID_HEADER: respond.headers[REQUEST_ID_HEADER]}
             scope, receive = with_body(scope, receive, prepared, request_id)
+            guessed = int(Headers(scope=scope)["content-length"]) if route.generates else 0
             try:
                 await self._app(scope, receive, respond)
             finally:
-                await self._count(principal, quota, resolved, respond)
+                if respond.status == 200:
+                    usage = respond.counted(guessed)
+                    self._directory.record(principal.tenant, resolved, usage)
+                    await self._limiter.charge(principal.tenant, quota, usage.total)
 
     async def _resolve(self, principal: Principal, body: dict[str, Any]) -> Resolved:
         model = body.get("model")
@@ -168,17 +172,6 @@ class Gate:
         if resolved is None:
             raise model_not_found(model)
         return resolved
-
-    async def _count(
-        self, principal: Principal, quota: Quota, resolved: Resolved, respond: _Responding
-    ) -> None:
-        meter = respond.meter
-        if meter is None or respond.status != 200:
-            return
-        if not respond.complete:
-            meter.abandon()
-        self._directory.record(principal.tenant, resolved, meter.usage)
-        await self._limiter.charge(principal.tenant, quota, meter.usage.total)
 
 
 async def _asked(question: Callable[..., _Answer], *arguments: str) -> _Answer:
@@ -246,6 +239,17 @@ class _Responding:
             watch.finish(
                 self.status or _CLIENT_WENT_AWAY, self.meter.usage if self.meter else Usage()
             )
+
+    def counted(self, request_bytes: int) -> Usage:
+        """The tokens, also where the client did not wait for them.
+
+        The engine then answers nothing, or no more; a stream that is complete has its count.
+        """
+        if self.meter is None:
+            return Usage()
+        if not self.complete or not (self.meter.streamed or self.meter.usage.total):
+            self.meter.abandon(request_bytes)
+        return self.meter.usage
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":

@@ -9,6 +9,8 @@ from typing import Any
 
 # A body that is not streamed is parsed when it is complete; of a larger one tokens are not known.
 _MAX_BODY_BYTES = 32 * 2**20
+# Of a request's body, for a token of its prompt; where the engine had no time to count.
+_BYTES_PER_TOKEN = 4
 
 
 @dataclass
@@ -85,9 +87,16 @@ class Meter:
         rest, self._rest = self._rest, b""
         return rest
 
-    def abandon(self) -> None:
-        """The client went away: what had been streamed by then is what is counted."""
+    def abandon(self, request_bytes: int) -> None:
+        """The client went away: counted is what had been streamed by then, and a guessed prompt.
+
+        Otherwise it could have prompts read for nothing, by leaving before they are counted.
+
+        Args:
+            request_bytes: of the request's body.
+        """
         self.usage.completion = max(self.usage.completion, self._events)
+        self.usage.prompt = self.usage.prompt or -(-request_bytes // _BYTES_PER_TOKEN)
 
     def _passes(self, event: bytes) -> bool:
         data = b"".join(

@@ -18,12 +18,14 @@ class Route:
         scope: what the key has to be good for; None needs no key.
         names_model: whether its JSON body names a model, so that it has to be resolved and given
             the tenant's salt before the engine sees it.
+        generates: whether the engine reads a prompt for it, which is counted.
     """
 
     methods: frozenset[str]
     pattern: re.Pattern[str]
     scope: Scope | None
     names_model: bool = False
+    generates: bool = False
 
     def matches(self, method: str, path: str) -> bool:
         """Whether a request is one of this route's; HEAD counts as GET."""
@@ -31,9 +33,13 @@ class Route:
         return asked in self.methods and self.pattern.fullmatch(path) is not None
 
 
-def _route(methods: str, path: str, scope: Scope | None, names_model: bool = False) -> Route:
+def _route(methods: str, path: str, scope: Scope | None, **more: bool) -> Route:
     pattern = re.compile(re.sub(r"\\\{\w+\\\}", ".+", re.escape(path)))
-    return Route(frozenset(methods.split()), pattern, scope, names_model)
+    return Route(frozenset(methods.split()), pattern, scope, **more)
+
+
+def _model(path: str, generates: bool = True) -> Route:
+    return _route("POST", path, Scope.INFERENCE, names_model=True, generates=generates)
 
 
 # Paths in the engine's server that are missing here (loading adapters by path, changing weights,
@@ -41,13 +47,13 @@ def _route(methods: str, path: str, scope: Scope | None, names_model: bool = Fal
 ROUTES = (
     _route("GET", "/livez", None),
     _route("GET", "/readyz", None),
-    _route("POST", "/v1/chat/completions", Scope.INFERENCE, names_model=True),
-    _route("POST", "/v1/completions", Scope.INFERENCE, names_model=True),
-    _route("POST", "/v1/responses", Scope.INFERENCE, names_model=True),
-    _route("POST", "/v1/messages", Scope.INFERENCE, names_model=True),
-    _route("POST", "/v1/messages/count_tokens", Scope.INFERENCE, names_model=True),
-    _route("POST", "/tokenize", Scope.INFERENCE, names_model=True),
-    _route("POST", "/detokenize", Scope.INFERENCE, names_model=True),
+    _model("/v1/chat/completions"),
+    _model("/v1/completions"),
+    _model("/v1/responses"),
+    _model("/v1/messages"),
+    _model("/v1/messages/count_tokens", generates=False),
+    _model("/tokenize", generates=False),
+    _model("/detokenize", generates=False),
     _route("GET", "/v1/models", Scope.INFERENCE),
     _route("GET", "/v1/models/{model}", Scope.INFERENCE),
     _route("GET", "/version", Scope.INFERENCE),

@@ -15,6 +15,7 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+from starlette.types import ASGIApp
 
 from spallm_serve.adapters_store.failures import UnavailableError
 from spallm_serve.adapters_store.records import Principal, Quota, Resolved, Scope
@@ -125,12 +126,12 @@ class World:
     settings: GateSettings = field(default_factory=lambda: GateSettings(SECRET, body_seconds=0.3))
 
     def client(self, key: str | None, root_path: str = "") -> httpx.AsyncClient:
-        gate = Gate(
-            self.engine.app, self.tenants, self.limiter, self.metrics, self.load, self.settings
-        )
         headers = {} if key is None else {"Authorization": f"Bearer {key}"}
-        transport = httpx.ASGITransport(gate, root_path=root_path)
+        transport = httpx.ASGITransport(self.gate(self.engine.app), root_path=root_path)
         return httpx.AsyncClient(transport=transport, base_url="http://gate", headers=headers)
+
+    def gate(self, app: ASGIApp) -> Gate:
+        return Gate(app, self.tenants, self.limiter, self.metrics, self.load, self.settings)
 
     def __post_init__(self) -> None:
         self.limiter = TenantLimiter()

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import pytest
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from tests.server.test_gate import World, message
+from spallm_serve.adapters_store.records import Quota
+from tests.server.test_gate import Tenants, World, message
 
 
 @pytest.mark.parametrize(
@@ -85,3 +88,40 @@ def test_a_path_is_judged_as_it_is_routed() -> None:
     found = world.ask("acme-key", "GET", "/v1/models/metrics", root_path="/v1/models")
     assert found.status_code == 404
     assert "reached" not in found.text
+
+
+@pytest.mark.parametrize("answer", ["null", "an event"])
+def test_who_leaves_early_pays_for_the_prompt(answer: str) -> None:
+    """The engine counts at the end: prompts were read for nothing by not waiting for it."""
+    world = World(Tenants({"acme": Quota(tokens_per_minute=1000)}))
+    streamed = answer != "null"  # that is vLLM's, where nobody listens any more
+    content = b'data: {"choices": [{"text": "a"}]}\n\n' if streamed else b"null"
+
+    async def engine(scope: Scope, receive: Receive, send: Send) -> None:
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": content, "more_body": streamed})
+
+    for path in ("/tokenize", "/v1/completions"):
+        told = {"model": "support", "prompt": "x" * 6000, "stream": streamed}
+        asyncio.run(post(world.gate(engine), path, json.dumps(told).encode()))
+    tokenized, completed = (usage for _, _, usage in world.tenants.recorded)
+    assert tokenized.prompt == 0
+    assert 1500 <= completed.prompt <= 1600
+    assert completed.completion == streamed
+    assert world.chat().status_code == 429
+
+
+async def post(app: ASGIApp, path: str, content: bytes) -> None:
+    """A request whose answer nobody reads to its end."""
+    scope = {
+        "type": "http", "method": "POST", "path": path, "query_string": b"",
+        "headers": [(b"authorization", b"Bearer acme-key")],
+    }  # fmt: skip
+
+    async def receive() -> Message:
+        return {"type": "http.request", "body": content, "more_body": False}
+
+    async def send(message: Message) -> None:
+        return None
+
+    await app(scope, receive, send)

@@ -58,5 +58,5 @@ def test_where_apis_put_their_counts(body: object, usage: Usage) -> None:
 def test_a_stream_that_ends_early_counts_what_was_streamed() -> None:
     meter = Meter(streamed=True)
     meter.feed(b'data: {"choices": [1]}\n\ndata: {"choices": [2]}\n\ndata: {"cho')
-    meter.abandon()
+    meter.abandon(request_bytes=0)
     assert meter.usage == Usage(0, 2)
