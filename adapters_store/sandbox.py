@@ -19,7 +19,9 @@ from spallm_serve.adapters_store.manifest import BaseManifest
 from spallm_serve.adapters_store.validate import Checked, UploadLimits
 
 _CHILD = "spallm_serve.adapters_store.sandbox_child"
-_LONGEST_ANSWER = 4 << 20
+LONGEST_ANSWER = 4 << 20
+LATE = b"late"
+_GRACE_SECONDS = 5.0
 # Nothing of the server's environment is a stranger's business: its secrets are there.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PATH": os.defpath}
 
@@ -50,7 +52,7 @@ class Job(BaseModel):
     manifest: BaseManifest
     upload: UploadLimits
     memory_bytes: int
-    cpu_seconds: int
+    seconds: float
 
 
 class Answer(BaseModel):
@@ -65,8 +67,8 @@ class Answer(BaseModel):
 class Sandbox:
     """Checks uploads, each in a new process; threads may share it.
 
-    The next process is started ahead of its upload, so that nobody waits for its imports. It ends
-    by itself when this one does.
+    Such a process is forked from one that has imported all it needs, and which ends by itself when
+    this one does: starting one anew would take the engine's processors for seconds.
 
     Args:
         manifest: of the base that adapters must fit.
@@ -85,13 +87,13 @@ class Sandbox:
         self._limits = SandboxLimits() if limits is None else limits
         self._turns = threading.BoundedSemaphore(self._limits.parallel)
         self._lock = threading.Lock()
-        self._spare: subprocess.Popen[bytes] | None = None
+        self._waiting: list[subprocess.Popen[bytes]] = []
 
     def warm_up(self) -> None:
-        """Start the process of the next check, unless it waits already."""
+        """Start a process, unless one waits already."""
         with self._lock:
-            if self._spare is None or self._spare.poll() is not None:
-                self._spare = _start()
+            if not self._waiting:
+                self._waiting.append(_start())
 
     def check(self, config_path: Path, tensor_path: Path) -> Checked:
         """Check an upload (:func:`spallm_serve.adapters_store.validate.check_upload`).
@@ -104,27 +106,29 @@ class Sandbox:
             process = self._take()
             try:
                 answer = self._ask(process, config_path.absolute(), tensor_path.absolute())
-            finally:
+            except BaseException:
                 _end(process)
-        self.warm_up()
+                raise
+            with self._lock:
+                self._waiting.append(process)
         if answer.checked is None:
             raise RejectedError(answer.rejected or "it could not be checked")
         return answer.checked
 
     def close(self) -> None:
-        """End the process that waits."""
+        """End the processes that wait."""
         with self._lock:
-            if self._spare is not None:
-                _end(self._spare)
-            self._spare = None
+            for process in self._waiting:
+                _end(process)
+            self._waiting.clear()
 
     def _take(self) -> subprocess.Popen[bytes]:
         with self._lock:
-            spare, self._spare = self._spare, None
-        if spare is not None:
-            if spare.poll() is None:
-                return spare
-            _end(spare)
+            while self._waiting:
+                process = self._waiting.pop()
+                if process.poll() is None:
+                    return process
+                _end(process)
         return _start()
 
     def _ask(
@@ -136,29 +140,26 @@ class Sandbox:
             manifest=self.manifest,
             upload=self.upload,
             memory_bytes=self._limits.memory_bytes,
-            cpu_seconds=int(self._limits.seconds) + 1,
+            seconds=self._limits.seconds,
         )
-        late = threading.Event()
-
-        def give_up() -> None:
-            late.set()
-            process.kill()
-
-        timer = threading.Timer(self._limits.seconds, give_up)
+        # The forked process ends itself in time; this is for one that does not.
+        timer = threading.Timer(self._limits.seconds + _GRACE_SECONDS, process.kill)
         timer.start()
         try:
-            _pipe(process.stdin).write(job.model_dump_json().encode())
-            _pipe(process.stdin).close()
-            said = _pipe(process.stdout).read(_LONGEST_ANSWER + 1)
+            _pipe(process.stdin).write(job.model_dump_json().encode() + b"\n")
+            _pipe(process.stdin).flush()
+            said = _pipe(process.stdout).readline(LONGEST_ANSWER + 1)
         except OSError:  # it is gone
             said = b""
         finally:
             timer.cancel()
-        if late.is_set():
+        if said.strip() == LATE:
             return Answer(rejected=f"checking it took longer than {self._limits.seconds:g} seconds")
         try:
-            return Answer.model_validate_json(said[:_LONGEST_ANSWER])
+            return Answer.model_validate_json(said)
         except ValidationError:
+            # Whatever it may have left behind in its pipe is not the next one's answer.
+            process.kill()
             return Answer(
                 rejected="checking it broke the process that did so; is it larger or stranger than "
                 "an adapter is?"

@@ -273,7 +273,7 @@ def test_time_is_bounded(tmp_path: Path) -> None:
 
 def test_a_process_that_is_killed(sandbox: Sandbox, tmp_path: Path) -> None:
     sandbox.warm_up()
-    spare = sandbox._spare
+    (spare,) = sandbox._waiting
     assert spare is not None
     spare.kill()
     spare.wait()
