@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from argparse import Namespace
+from contextlib import suppress
 from typing import Any
 
 from fastapi import FastAPI
@@ -25,6 +26,7 @@ from spallm_serve.server.settings import ServerSettings
 NAME = "spallm-endpoints"
 _LOAD_SECONDS = 60.0
 _FLUSH_SECONDS = 2.0
+_WATCH_SECONDS = 5.0
 _ADAPTER = "/v1/adapters/{name:path}"
 _ACTION = answers.body(adapters.Action)
 # Method, path, endpoint, what it answers with, and what it takes.
@@ -35,6 +37,7 @@ _ROUTES: tuple[tuple[str, str, Any, type[BaseModel], dict[str, Any]], ...] = (
     ("GET", "/v1/models/{model:path}", models.get_model, answers.ModelCard, answers.MODEL),
     ("GET", "/v1/usage", operations.usage, answers.Usages, answers.USAGE),
     ("GET", "/v1/residency", operations.residency, answers.Workers, {}),
+    ("POST", "/v1/residency", operations.pin, answers.Pinned, answers.body(operations.Pin)),
     ("GET", "/v1/adapters", adapters.list_adapters, answers.AdapterInfos, {}),
     ("POST", "/v1/adapters:validate", adapters.validate_adapter, answers.Valid, answers.UPLOAD),
     ("PUT", _ADAPTER, adapters.put_adapter, answers.Stored, answers.NAMED | answers.UPLOAD),
@@ -79,10 +82,11 @@ class SpallmEndpoints:
             async for _ in engine_client.generate(prompt, sampling, f"ready-{id(object())}"):
                 pass
 
-        here.residency = Residency(here.store.local_folder, call, _LOAD_SECONDS)
+        here.residency = Residency(here.store.local_folder, call, _LOAD_SECONDS, here.tiers.found)
         _say_capacity(here.settings, (await here.residency.facts())[0])
         state.spallm_readiness = health.Readiness(decode, here.settings.ready_seconds)
         state.spallm_flushing = asyncio.create_task(_flush_for_ever(here))
+        state.spallm_watching = asyncio.create_task(_watch_for_ever(here))
 
 
 class _GateResolver(LoRAResolver):  # type: ignore[misc]
@@ -95,9 +99,9 @@ class _GateResolver(LoRAResolver):  # type: ignore[misc]
 
 
 def _say_capacity(settings: ServerSettings, facts: dict[str, Any]) -> None:
-    slot = facts["slot_bytes"]
+    slot, slots = facts["slot_bytes"], settings.slots + settings.pinned_slots
     Console(stderr=True, highlight=False).print(
-        f"{settings.slots} slots of {slot / 1e6:.2f} MB hold {settings.slots * slot / 1e6:.1f} MB "
+        f"{slots} slots of {slot / 1e6:.2f} MB hold {slots * slot / 1e6:.1f} MB "
         f"of tables beside the base's; {settings.host_bytes / 1e6:.0f} MB of memory for others",
         soft_wrap=True,
     )
@@ -115,3 +119,11 @@ async def _flush_for_ever(here: runtime.Runtime) -> None:
             await asyncio.to_thread(here.usage.flush)
         except Exception:  # the next time it may work
             continue
+
+
+async def _watch_for_ever(here: runtime.Runtime) -> None:
+    """The workers' counts for ``/metrics``; an engine that has died says so elsewhere."""
+    while True:
+        with suppress(Exception):
+            here.tiers.update(await here.engine().facts())
+        await asyncio.sleep(_WATCH_SECONDS)

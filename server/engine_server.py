@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 
 from spallm_serve.server import endpoints, orphans, vllm_compat
+from spallm_serve.server.quantization import PINNED_SLOTS_KEY
 from spallm_serve.server.settings import ServerSettings
 
 _PLUGINS = f"spallm,{endpoints.NAME}"
@@ -26,8 +28,12 @@ def engine_arguments(settings: ServerSettings) -> list[str]:
         "--prefix-caching-hash-algo": "sha256",
     }
     given = [part for pair in flags.items() for part in pair]
-    host_bytes = f'{{"{vllm_compat.HOST_BYTES_KEY}": {settings.host_bytes}}}'
-    return [*given, "--enable-lora", "--additional-config", host_bytes, "--disable-fastapi-docs"]
+    additional = {
+        vllm_compat.HOST_BYTES_KEY: settings.host_bytes,
+        PINNED_SLOTS_KEY: settings.pinned_slots,
+    }
+    switches = ("--enable-lora", "--disable-fastapi-docs", "--disable-uvicorn-access-log")
+    return [*given, *switches, "--additional-config", json.dumps(additional)]
 
 
 def run(settings: ServerSettings, engine_flags: list[str]) -> None:

@@ -5,32 +5,34 @@ from __future__ import annotations
 import asyncio
 import re
 import secrets
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, contextmanager
+import time
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
-from starlette.datastructures import Headers, MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.datastructures import Headers
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from spallm_serve.adapters_store.failures import StoreError
 from spallm_serve.adapters_store.records import Principal, Resolved
+from spallm_serve.server.access_log import log_request
 from spallm_serve.server.body import read_json, with_body
 from spallm_serve.server.directory import Directory
 from spallm_serve.server.errors import ApiError, forbidden, model_not_found, not_found, unauthorized
 from spallm_serve.server.limits import TenantLimiter
-from spallm_serve.server.metering import Meter, Usage
-from spallm_serve.server.metrics import RequestWatch, TenantMetrics
+from spallm_serve.server.metering import Meter
+from spallm_serve.server.metrics import TenantMetrics
 from spallm_serve.server.request_policy import RequestCaps, prepare_request
+from spallm_serve.server.responding import CLIENT_WENT_AWAY, Responding
 from spallm_serve.server.salt import cache_salt
-from spallm_serve.server.scopes import Route, declared
+from spallm_serve.server.scopes import PROBES, Route, declared
 
 PRINCIPAL = "spallm.principal"
 ADAPTER_HEADER = "x-spallm-adapter"
 REQUEST_ID_HEADER = "x-request-id"
 _REQUEST_ID = re.compile(r"[\w.-]{1,128}", re.ASCII)
 _MAX_MODEL_NAME = 512
-_CLIENT_WENT_AWAY = 499
 _Answer = TypeVar("_Answer")
 
 
@@ -65,7 +67,7 @@ class Gate:
         directory: of tenants and adapters.
         limiter: of requests and tokens.
         metrics: of tenants.
-        loaded: waits until the engine has an adapter in memory.
+        held: a context inside which the engine has an adapter in memory.
         settings: see :class:`GateSettings`.
     """
 
@@ -75,14 +77,14 @@ class Gate:
         directory: Directory,
         limiter: TenantLimiter,
         metrics: TenantMetrics,
-        loaded: Callable[[Resolved], Awaitable[None]],
+        held: Callable[[Resolved], AbstractAsyncContextManager[None]],
         settings: GateSettings,
     ) -> None:
         self._app = app
         self._directory = directory
         self._limiter = limiter
         self._metrics = metrics
-        self._loaded = loaded
+        self._held = held
         self._settings = settings
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -93,21 +95,26 @@ class Gate:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008})
             return
-        respond = _Responding(send, {REQUEST_ID_HEADER: _request_id(scope)})
+        respond = Responding(send, {REQUEST_ID_HEADER: _request_id(scope)})
+        arrived = time.perf_counter()
         try:
             await self._handle(scope, receive, respond)
         except ApiError as error:
+            respond.facts["code"] = error.code
             if respond.started:
                 raise
             await error.response()(scope, receive, respond)
+        finally:
+            _log(scope, respond, time.perf_counter() - arrived)
 
-    async def _handle(self, scope: Scope, receive: Receive, respond: _Responding) -> None:
+    async def _handle(self, scope: Scope, receive: Receive, respond: Responding) -> None:
         method, path = scope["method"], scope["path"]
         route = declared(method, path)
         if route is not None and route.scope is None:
             await self._app(scope, receive, respond)
             return
         principal = await self._principal(scope)
+        respond.facts |= {"tenant": principal.tenant, "key": principal.key_id}
         if route is None:
             raise not_found(path)
         if route.scope is not None and not principal.may(route.scope):
@@ -134,7 +141,7 @@ class Gate:
         self,
         scope: Scope,
         receive: Receive,
-        respond: _Responding,
+        respond: Responding,
         route: Route,
         principal: Principal,
     ) -> None:
@@ -146,11 +153,12 @@ class Gate:
             )
             body = await read_json(receive, self._settings.body_bytes, self._settings.body_seconds)
             resolved = await self._resolve(principal, body)
-            await self._loaded(resolved)
             salt = cache_salt(self._settings.secret, principal.tenant)
             prepared = prepare_request(body, resolved.engine_name, salt, self._settings.caps)
+            await running.enter_async_context(self._held(resolved))
             respond.meter = _meter(prepared, route, scope["path"])
             respond.headers[ADAPTER_HEADER] = resolved.engine_name
+            respond.facts["adapter"] = resolved.engine_name
             request_id = {REQUEST_ID_HEADER: respond.headers[REQUEST_ID_HEADER]}
             scope, receive = with_body(scope, receive, prepared, request_id)
             guessed = int(Headers(scope=scope)["content-length"]) if route.generates else 0
@@ -187,6 +195,24 @@ async def _asked(question: Callable[..., _Answer], *arguments: str) -> _Answer:
         ) from error
 
 
+def _log(scope: Scope, respond: Responding, seconds: float) -> None:
+    if declared(scope["method"], scope["path"]) in PROBES:
+        return
+    usage = respond.usage
+    log_request(
+        {
+            "request_id": respond.headers[REQUEST_ID_HEADER],
+            "method": scope["method"],
+            "path": scope["path"],
+            "status": respond.status or CLIENT_WENT_AWAY,
+            "seconds": round(seconds, 4),
+            "prompt_tokens": usage.prompt,
+            "completion_tokens": usage.completion,
+            **respond.facts,
+        }
+    )
+
+
 def _meter(body: dict[str, Any], route: Route, path: str) -> Meter:
     """A meter for a request's response; it may ask the engine for what it needs to see."""
     streamed = bool(body.get("stream"))
@@ -211,67 +237,3 @@ def _request_id(scope: Scope) -> str:
     """The client's own id if it is a plain one, else a new one."""
     given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
     return given if _REQUEST_ID.fullmatch(given) else f"req-{secrets.token_hex(12)}"
-
-
-class _Responding:
-    """``send`` with headers added, and the body metered."""
-
-    def __init__(self, send: Send, headers: dict[str, str]) -> None:
-        self._send = send
-        self.headers = headers
-        self.meter: Meter | None = None
-        self.status = 0
-        self.started = False
-        self.complete = False
-        self._watch: RequestWatch | None = None
-
-    @contextmanager
-    def watched(self, watch: RequestWatch) -> Iterator[None]:
-        """While open, a request's clock runs."""
-        self._watch = watch
-        try:
-            yield
-        except ApiError as error:
-            self.status = error.status
-            raise
-        finally:
-            self._watch = None
-            watch.finish(
-                self.status or _CLIENT_WENT_AWAY, self.meter.usage if self.meter else Usage()
-            )
-
-    def counted(self, request_bytes: int) -> Usage:
-        """The tokens, also where the client did not wait for them.
-
-        The engine then answers nothing, or no more; a stream that is complete has its count.
-        """
-        if self.meter is None:
-            return Usage()
-        if not self.complete or not (self.meter.streamed or self.meter.usage.total):
-            self.meter.abandon(request_bytes)
-        return self.meter.usage
-
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status, self.started = message["status"], True
-            headers = MutableHeaders(raw=list(message.get("headers", [])))
-            for name, value in self.headers.items():
-                headers[name] = value
-            if self.meter is not None and self.meter.hide_usage:
-                del headers["content-length"]
-            message = {**message, "headers": headers.raw}
-        elif message["type"] == "http.response.body":
-            message = self._metered(message)
-        await self._send(message)
-
-    def _metered(self, message: Message) -> Message:
-        more = message.get("more_body", False)
-        self.complete = not more
-        if self.meter is None:
-            return message
-        if self._watch is not None and message.get("body"):
-            self._watch.on_bytes(self.meter.streamed)
-        body = self.meter.feed(message.get("body", b""))
-        if not more:
-            body += self.meter.finish()
-        return {**message, "body": body}

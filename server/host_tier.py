@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
 
@@ -20,18 +22,40 @@ class Sized(Protocol):
 Held = TypeVar("Held", bound=Sized)
 
 
+@dataclass(frozen=True)
+class Loads:
+    """What has been read since the worker began.
+
+    Attributes:
+        count: adapters.
+        nbytes: of them.
+        seconds: that threads took for it.
+    """
+
+    count: int = 0
+    nbytes: int = 0
+    seconds: float = 0.0
+
+
 class HostTier(Generic[Held]):
     """The adapters that were used last, as many as the budget holds; one at least.
+
+    Those that are kept stay whatever the budget is: a step must never have to read a file.
 
     Args:
         load: reads an adapter from its folder; may raise, and what it raises reaches whoever waits.
         budget: bytes.
+
+    Attributes:
+        loads: how much was read.
     """
 
     def __init__(self, load: Callable[[str], Held], budget: int) -> None:
         self._load, self._budget = load, budget
         self._lock = threading.Lock()
         self._held: OrderedDict[str, Held] = OrderedDict()
+        self._kept: set[str] = set()
+        self.loads = Loads()
         self._loading: dict[str, Future[Held]] = {}
         self._threads = ThreadPoolExecutor(2, thread_name_prefix="spallm-load")
 
@@ -55,9 +79,22 @@ class HostTier(Generic[Held]):
         """An adapter; waits for it if it is not here yet."""
         return self.prefetch(folder).result()
 
+    def keep(self, folder: str) -> Future[Held]:
+        """Begin to load an adapter, which then stays until it is let go."""
+        with self._lock:
+            self._kept.add(folder)
+        return self.prefetch(folder)
+
+    def let_go(self, folders: Iterable[str]) -> None:
+        """These need not be kept any longer."""
+        with self._lock:
+            self._kept.difference_update(folders)
+            self._shrink()
+
     def drop(self, folder: str) -> None:
         """Forget an adapter."""
         with self._lock:
+            self._kept.discard(folder)
             self._held.pop(folder, None)
 
     @property
@@ -66,14 +103,25 @@ class HostTier(Generic[Held]):
         with self._lock:
             return sum(held.nbytes for held in self._held.values())
 
+    def has(self, folder: str) -> bool:
+        """Whether an adapter is here."""
+        with self._lock:
+            return folder in self._held
+
     def folders(self) -> list[str]:
         """All that is held, the least recently used first."""
         with self._lock:
             return list(self._held)
 
     def _load_into(self, folder: str) -> Held:
+        started = time.perf_counter()
         loaded = self._load(folder)
+        taken = time.perf_counter() - started
         with self._lock:
+            before = self.loads
+            self.loads = Loads(
+                before.count + 1, before.nbytes + loaded.nbytes, before.seconds + taken
+            )
             self._held[folder] = loaded
             self._loading.pop(folder, None)
             self._shrink()
@@ -81,6 +129,9 @@ class HostTier(Generic[Held]):
 
     def _shrink(self) -> None:
         total = sum(held.nbytes for held in self._held.values())
-        while total > self._budget and len(self._held) > 1:
-            _, oldest = self._held.popitem(last=False)
-            total -= oldest.nbytes
+        # The last one is in use now, or soon.
+        for folder in [*self._held][:-1]:
+            if total <= self._budget:
+                return
+            if folder not in self._kept:
+                total -= self._held.pop(folder).nbytes

@@ -21,6 +21,7 @@ from spallm_serve.adapters_store.survey_base import base_manifest
 from spallm_serve.adapters_store.validate import UploadLimits
 from spallm_serve.errors import UserError
 from spallm_serve.server import runtime
+from spallm_serve.server.access_log import write_access_log
 from spallm_serve.server.directory import StoreDirectory, UsageBook
 from spallm_serve.server.intake import Intake
 from spallm_serve.server.limits import TenantLimiter
@@ -28,6 +29,7 @@ from spallm_serve.server.metrics import TenantLabels, TenantMetrics
 from spallm_serve.server.salt import SECRET_BYTES
 from spallm_serve.server.scratch import scratch_folder
 from spallm_serve.server.settings import ServerSettings
+from spallm_serve.server.tier_metrics import TierMetrics
 
 _SECRET_FILE = "cache-secret"
 # Whoever comes without a key, where nobody needs one.
@@ -65,11 +67,14 @@ def serve(settings: ServerSettings, engine_flags: list[str]) -> None:
                 usage=usage,
                 limiter=TenantLimiter(settings.rate_storage),
                 metrics=TenantMetrics(TenantLabels(settings.metrics_tenants)),
+                tiers=TierMetrics(),
                 uploads=uploads,
                 intake=Intake(settings.uploads),
                 anonymous=anonymous,
             )
         )
+        if settings.access_log:
+            write_access_log()
         # Only now: it reads the environment when it is imported.
         from spallm_serve.server.engine_server import run
 

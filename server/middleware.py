@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractAsyncContextManager
+
 from starlette.types import ASGIApp
 
 from spallm_serve.adapters_store.records import Resolved
@@ -17,15 +19,15 @@ class TenantGate(Gate):
         here = runtime.current()
         told = here.settings
 
-        async def loaded(resolved: Resolved) -> None:
-            await here.engine().ensure(resolved)
+        def held(resolved: Resolved) -> AbstractAsyncContextManager[None]:
+            return here.engine().held(resolved)
 
         super().__init__(
             app,
             here.directory,
             here.limiter,
             here.metrics,
-            loaded,
+            held,
             GateSettings(
                 secret=here.secret,
                 body_bytes=told.body_bytes,

@@ -44,6 +44,16 @@ from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
 _QKV = {"q": 0, "k": 1, "v": 2}
 # Compute capability; the Triton programs are compiled for Ampere and later.
 _AMPERE = 80
+# Where the workers, which are processes of their own, find how many adapters may be pinned.
+PINNED_SLOTS_KEY = "spallm_pinned_slots"
+
+
+def slot_count(vllm_config: Any) -> int:
+    """Sets of tables beside the base's: those that a step may mix, and those for pinned ones."""
+    lora = vllm_config.lora_config
+    if lora is None:
+        return 0
+    return int(lora.max_loras) + int(vllm_config.additional_config.get(PINNED_SLOTS_KEY, 0))
 
 
 class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
@@ -148,9 +158,8 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Merge what was loaded; see :class:`SlottedLinear`."""
         loader: _Loader = layer.spallm_loader
-        lora = get_current_vllm_config().lora_config
-        slots = 1 + (lora.max_loras if lora is not None else 0)
-        layer.spallm = SlottedLinear.of(loader.linears(self._names), slots)
+        slots = slot_count(get_current_vllm_config())
+        layer.spallm = SlottedLinear.of(loader.linears(self._names), 1 + slots)
         layer.spallm_places = {
             name: Place(layer.prefix, number, loader.shards[number], loader.rows[number])
             for number, name in enumerate(self._names)

@@ -18,6 +18,7 @@ from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metrics import TenantMetrics
 from spallm_serve.server.residency import Residency
 from spallm_serve.server.settings import ServerSettings
+from spallm_serve.server.tier_metrics import TierMetrics
 
 
 @dataclass
@@ -31,6 +32,7 @@ class Runtime:
         directory: the same, as the gate asks.
         usage: not yet in the store.
         limiter, metrics: of tenants.
+        tiers: metrics of adapters.
         uploads: folder for what is on its way in.
         intake: how many of them there are at a time.
         anonymous: who everybody without a key is, or None.
@@ -44,6 +46,7 @@ class Runtime:
     usage: UsageBook
     limiter: TenantLimiter
     metrics: TenantMetrics
+    tiers: TierMetrics
     uploads: Path
     intake: Intake
     anonymous: Principal | None

@@ -63,8 +63,11 @@ ROUTES = (
     _route("GET PUT POST DELETE", "/v1/adapters/{name}", Scope.ADAPTERS),
     _route("GET", "/metrics", Scope.ADMIN),
     _route("GET", "/health", Scope.ADMIN),
-    _route("GET", "/v1/residency", Scope.ADMIN),
+    _route("GET POST", "/v1/residency", Scope.ADMIN),
 )
+
+# Asked every few seconds by what watches the server.
+PROBES = tuple(route for route in ROUTES if route.scope is None)
 
 
 def declared(method: str, path: str) -> Route | None:

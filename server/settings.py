@@ -42,6 +42,9 @@ class ServerSettings(BaseSettings):
     slots: int = Field(
         default=8, ge=1, le=1024, description="adapters that a step can mix, beside the base"
     )
+    pinned_slots: int = Field(
+        default=0, ge=0, le=1024, description="slots beside those, for adapters that are pinned"
+    )
     host_bytes: int = Field(
         default=2 * 2**30, ge=0, description="memory for adapters that are in no slot"
     )
@@ -75,6 +78,9 @@ class ServerSettings(BaseSettings):
     )
     drain_seconds: int = Field(
         default=30, ge=0, description="that running requests have after SIGTERM"
+    )
+    access_log: bool = Field(
+        default=True, description="a line of JSON for each request, on standard error"
     )
     metrics_tenants: int = Field(default=100, ge=0, description="tenants told apart in the metrics")
 

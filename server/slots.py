@@ -22,9 +22,12 @@ class SlotBook(Generic[Key]):
 
     Args:
         count: slots beside the base's.
+        pins: adapters that may be pinned; a step may use ``count - pins`` adapters, and they find
+            slots whoever is pinned.
     """
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, pins: int = 0) -> None:
+        self._pins = pins
         self._free = list(range(count, BASE_SLOT, -1))
         self._slots: OrderedDict[Key, int] = OrderedDict()
         self._pinned: set[Key] = set()
@@ -70,12 +73,24 @@ class SlotBook(Generic[Key]):
             self._free.append(slot)
         self._pinned.discard(adapter)
 
+    def may_pin(self, adapter: Key) -> bool:
+        """Whether an adapter is pinned or one more may be."""
+        return adapter in self._pinned or len(self._pinned) < self._pins
+
     def pin(self, adapter: Key) -> bool:
-        """Keep an adapter where it is; False if it is in no slot."""
-        if adapter not in self._slots:
+        """Keep an adapter where it is; False if it is in no slot, or no more may be pinned."""
+        if adapter not in self._slots or not self.may_pin(adapter):
             return False
         self._pinned.add(adapter)
         return True
+
+    def unpin(self, adapter: Key) -> None:
+        """An adapter may be put out of its slot."""
+        self._pinned.discard(adapter)
+
+    def pinned(self) -> list[Key]:
+        """All that are pinned, the least recently used first."""
+        return [adapter for adapter in self._slots if adapter in self._pinned]
 
     def adapters(self) -> list[Key]:
         """All in slots, the least recently used first."""

@@ -6,8 +6,6 @@ class is replaced by :class:`SlotManager`; for all others it stays vLLM's own.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -21,10 +19,11 @@ from vllm.v1.worker import lora_model_runner_mixin as mixin
 from vllm.version import __version__ as VLLM_VERSION
 
 from spallm_serve.errors import UserError
-from spallm_serve.server.host_adapter import HostAdapter, Place, ServedLayers, load_host_adapter
+from spallm_serve.server.host_adapter import Place, ServedLayers, load_host_adapter
 from spallm_serve.server.host_tier import HostTier
-from spallm_serve.server.quantization import SpallmQuantization
-from spallm_serve.server.slots import BASE_SLOT, SlotBook
+from spallm_serve.server.quantization import PINNED_SLOTS_KEY, SpallmQuantization, slot_count
+from spallm_serve.server.resident import ResidentAdapters
+from spallm_serve.server.slots import BASE_SLOT
 from spallm_serve.server.slotted import SlottedLinear, StepSlots
 
 TESTED_VERSIONS = ("0.32.",)
@@ -84,11 +83,11 @@ class SlotManager:
         self._quantization: SpallmQuantization = vllm_config.quant_config
         self._dtype = vllm_config.model_config.dtype
         self._device = device
-        self._book: SlotBook[int] = SlotBook(vllm_config.lora_config.max_loras)
-        budget = vllm_config.additional_config.get(HOST_BYTES_KEY, _DEFAULT_HOST_BYTES)
-        self._host: HostTier[HostAdapter] = HostTier(self._load, budget)
+        self._slots = slot_count(vllm_config)
+        self._pins = vllm_config.additional_config.get(PINNED_SLOTS_KEY, 0)
+        self._host_bytes = vllm_config.additional_config.get(HOST_BYTES_KEY, _DEFAULT_HOST_BYTES)
         self._folders: dict[int, str] = {}
-        self._served: ServedLayers
+        self.resident: ResidentAdapters
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
         """Find the compressed layers; the model stays as it is."""
@@ -99,7 +98,10 @@ class SlotManager:
             if hasattr(module, "spallm_places"):
                 layers[module.prefix] = module.spallm
                 places |= module.spallm_places
-        self._served = ServedLayers(self._quantization.sketch.base_digest, layers, places)
+        served = ServedLayers(self._quantization.sketch.base_digest, layers, places)
+        host = HostTier(partial(load_host_adapter, served=served, dtype=self._dtype),
+                        self._host_bytes)  # fmt: skip
+        self.resident = ResidentAdapters(served, host, self._slots, self._pins)
         return model
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: Any) -> None:
@@ -107,11 +109,11 @@ class SlotManager:
         if any(request.lora_path == _WARM_UP_PATH for request in requests):
             self._quantization.step = self._quantization.sampled = StepSlots()
             return
-        needed = {request.lora_int_id for request in requests}
-        for request in requests:
-            self._activate(request, needed)
-        self._quantization.step = self._step(mapping.index_mapping)
-        self._quantization.sampled = self._step(mapping.prompt_mapping)
+        folders = {request.lora_int_id: request.lora_path for request in requests}
+        self.resident.activate(set(folders.values()))
+        self._remember(folders)
+        self._quantization.step = self._step(mapping.index_mapping, folders)
+        self._quantization.sampled = self._step(mapping.prompt_mapping, folders)
 
     def add_adapter(self, request: LoRARequest) -> bool:
         """Have an adapter in memory.
@@ -119,28 +121,15 @@ class SlotManager:
         Raises:
             UserError: it cannot be used on this base.
         """
-        self._host.get(request.lora_path)
-        self._folders[request.lora_int_id] = request.lora_path
+        self.resident.load(request.lora_path)
+        self._remember({request.lora_int_id: request.lora_path})
         return True
-
-    def prefetch(self, folder: str) -> str:
-        """Begin to load an adapter in a thread; never waits.
-
-        Returns:
-            ``loading``, ``ready``, or why it cannot be used.
-        """
-        future = self._host.prefetch(folder)
-        if not future.done():
-            return "loading"
-        problem = future.exception()
-        return "ready" if problem is None else str(problem)
 
     def remove_adapter(self, adapter: int) -> bool:
         """Forget an adapter, in its slot and in memory."""
-        self._book.release(adapter)
         folder = self._folders.pop(adapter, None)
         if folder is not None:
-            self._host.drop(folder)
+            self.resident.forget(folder)
         return folder is not None
 
     def remove_all_adapters(self) -> None:
@@ -149,41 +138,13 @@ class SlotManager:
             self.remove_adapter(adapter)
 
     def pin_adapter(self, adapter: int) -> bool:
-        """Keep an adapter in its slot."""
-        return self._book.pin(adapter)
+        """Keep an adapter in its slot; False if as many are pinned as may be."""
+        return adapter in self._folders and self.resident.pin(self._folders[adapter])
 
     def list_adapters(self) -> set[int]:
-        """All that have been used or added."""
-        return set(self._folders)
-
-    def residency(self) -> dict[str, Any]:
-        """What is where, and how much it takes."""
-        return {
-            "slots": {
-                self._folders[adapter]: self._book.slot_of(adapter)
-                for adapter in self._book.adapters()
-            },
-            "host": self._host.folders(),
-            "host_bytes": self._host.nbytes,
-            "slot_bytes": self._served.slot_bytes,
-        }
-
-    def time_swap(self, folder: str, rounds: int) -> float:
-        """Median seconds to bring an adapter from memory into a slot; for benchmarks.
-
-        Args:
-            folder: of the adapter; nobody may be using any.
-            rounds: how often.
-        """
-        held = self._host.get(folder)
-        times = []
-        for _ in range(rounds):
-            slot = self._book.reserve(())
-            started = time.perf_counter()
-            held.fill(self._served, slot)
-            times.append(time.perf_counter() - started)
-            self._book.give_back(slot)
-        return statistics.median(times)
+        """All that are in a slot or in memory."""
+        known = self.resident.known()
+        return {adapter for adapter, folder in self._folders.items() if folder in known}
 
     @contextmanager
     def dummy_lora_cache(self) -> Iterator[None]:
@@ -202,56 +163,63 @@ class SlotManager:
         """Adapters are for the language model."""
         return False
 
-    def _load(self, folder: str) -> HostAdapter:
-        return load_host_adapter(folder, self._served, self._dtype)
-
-    def _activate(self, request: LoRARequest, needed: set[int]) -> None:
-        adapter = request.lora_int_id
-        if self._book.slot_of(adapter) is not None:
-            self._book.touch(adapter)
+    def _remember(self, folders: dict[int, str]) -> None:
+        """The numbers of adapters that are here; not of the thousands that came and went."""
+        if folders.items() <= self._folders.items():
             return
-        self._folders[adapter] = request.lora_path
-        held = self._host.get(request.lora_path)
-        slot = self._book.reserve(needed)
-        try:
-            held.fill(self._served, slot)
-        except BaseException:
-            self._book.give_back(slot)
-            raise
-        self._book.publish(adapter, slot)
+        known = self.resident.known()
+        kept = {number: folder for number, folder in self._folders.items() if folder in known}
+        self._folders = kept | folders
 
-    def _step(self, adapters: tuple[int, ...]) -> StepSlots:
-        return StepSlots.of([self._slot(adapter) for adapter in adapters], self._device)
+    def _step(self, adapters: tuple[int, ...], folders: dict[int, str]) -> StepSlots:
+        slots = {number: self._slot(folder) for number, folder in folders.items()}
+        slots[_NO_ADAPTER] = BASE_SLOT
+        return StepSlots.of([slots[adapter] for adapter in adapters], self._device)
 
-    def _slot(self, adapter: int) -> int:
-        if adapter == _NO_ADAPTER:
-            return BASE_SLOT
-        slot = self._book.slot_of(adapter)
+    def _slot(self, folder: str) -> int:
+        slot = self.resident.slot_of(folder)
         if slot is None:
             # Never the base's answer in its name.
-            raise RuntimeError(f"the step uses adapter {adapter}, which is in no slot")
+            raise RuntimeError(f"the step uses the adapter {folder}, which is in no slot")
         return slot
 
 
 class SlotWorkerExtension:
-    """Methods for vLLM's workers, called through ``collective_rpc``; they never wait."""
+    """Methods for vLLM's workers, called through ``collective_rpc``.
+
+    They say what is wrong instead of raising it: what a worker raises ends the engine.
+    """
 
     model_runner: Any
 
-    def spallm_prefetch(self, folder: str) -> str:
-        """See :meth:`SlotManager.prefetch`."""
-        manager: SlotManager = self.model_runner.lora_manager
-        return manager.prefetch(folder)
+    def spallm_keep(self, folder: str, let_go: list[str]) -> str:
+        """See :meth:`ResidentAdapters.keep`."""
+        return self._resident.keep(folder, let_go)
+
+    def spallm_pin(self, folder: str) -> str:
+        """See :meth:`ResidentAdapters.pin`; empty if it is pinned, or why it cannot be."""
+        try:
+            pinned = self._resident.pin(folder)
+        except UserError as error:
+            return str(error)
+        return "" if pinned else "as many adapters are pinned as may be (--pinned-slots)"
+
+    def spallm_unpin(self, folder: str) -> None:
+        """See :meth:`ResidentAdapters.unpin`."""
+        self._resident.unpin(folder)
 
     def spallm_time_swap(self, folder: str, rounds: int) -> float:
-        """See :meth:`SlotManager.time_swap`."""
-        manager: SlotManager = self.model_runner.lora_manager
-        return manager.time_swap(folder, rounds)
+        """See :meth:`ResidentAdapters.time_swap`."""
+        return self._resident.time_swap(folder, rounds)
 
     def spallm_residency(self) -> dict[str, Any]:
-        """See :meth:`SlotManager.residency`."""
+        """See :meth:`ResidentAdapters.facts`."""
+        return self._resident.facts()
+
+    @property
+    def _resident(self) -> ResidentAdapters:
         manager: SlotManager = self.model_runner.lora_manager
-        return manager.residency()
+        return manager.resident
 
 
 def serve(flags: list[str]) -> None:

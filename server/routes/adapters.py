@@ -6,20 +6,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from spallm_serve.adapters_store.failures import StoreError
 from spallm_serve.adapters_store.records import Principal
 from spallm_serve.server import runtime
-from spallm_serve.server.body import read_json
-from spallm_serve.server.errors import ApiError
 from spallm_serve.server.gate import PRINCIPAL
-from spallm_serve.server.routes.asking import asked
+from spallm_serve.server.routes.asking import asked, told
 from spallm_serve.server.upload import received
 
-_ACTION_BYTES, _ACTION_SECONDS = 4096, 10.0
 _Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -104,20 +101,20 @@ async def act_on_adapter(request: Request) -> Response:
     """Move, share or publish an adapter; see :class:`Action`."""
     here, principal = runtime.current(), _principal(request)
     owner, name = _named(request)
-    told = _action(await read_json(request.receive, _ACTION_BYTES, _ACTION_SECONDS))
+    action = await told(request, Action)
     adapters = here.store.adapters
     of_whom = principal, owner, name
     does: dict[str, Callable[[], Any]] = {
-        "release": lambda: adapters.move(*of_whom, _given(told, "digest"), told.expected),
-        "rollback": lambda: adapters.rollback(*of_whom, told.expected),
-        "share": lambda: adapters.share(*of_whom, _given(told, "tenant")),
-        "unshare": lambda: adapters.unshare(*of_whom, _given(told, "tenant")),
+        "release": lambda: adapters.move(*of_whom, _given(action, "digest"), action.expected),
+        "rollback": lambda: adapters.rollback(*of_whom, action.expected),
+        "share": lambda: adapters.share(*of_whom, _given(action, "tenant")),
+        "unshare": lambda: adapters.unshare(*of_whom, _given(action, "tenant")),
         "publish": lambda: adapters.publish(*of_whom),
         "unpublish": lambda: adapters.publish(*of_whom, public=False),
     }
-    done = await asked(does[told.action])
+    done = await asked(does[action.action])
     return JSONResponse(
-        {"done": told.action} | ({} if done is None else done.model_dump(mode="json"))
+        {"done": action.action} | ({} if done is None else done.model_dump(mode="json"))
     )
 
 
@@ -132,17 +129,8 @@ def _named(request: Request) -> tuple[str, str]:
     return (owner, name) if slash else (_principal(request).tenant, name)
 
 
-def _action(body: dict[str, Any]) -> Action:
-    try:
-        return Action.model_validate(body)
-    except ValidationError as error:
-        problem = error.errors()[0]
-        field = ".".join(str(part) for part in problem["loc"])
-        raise ApiError(400, f"{field}: {problem['msg']}", "invalid_request", param=field) from error
-
-
-def _given(told: Action, field: str) -> str:
-    value = getattr(told, field)
+def _given(action: Action, field: str) -> str:
+    value = getattr(action, field)
     if value is None:
-        raise StoreError(f"{told.action} needs {field!r}")
+        raise StoreError(f"{action.action} needs {field!r}")
     return str(value)

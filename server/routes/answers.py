@@ -98,6 +98,13 @@ class Workers(_Answer):
     workers: list[dict[str, Any]]
 
 
+class Pinned(_Answer):
+    """What was done with an adapter's slot."""
+
+    done: Literal["pin", "unpin"]
+    adapter: str
+
+
 class AdapterInfos(_Answer):
     """Those that a tenant sees."""
 

@@ -1,10 +1,13 @@
-"""The store's answer to a route, or its refusal as one of HTTP's."""
+"""What a route is told, and what the store answers it; refusals as those of HTTP."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+from starlette.requests import Request
 
 from spallm_serve.adapters_store.failures import (
     ConflictError,
@@ -16,9 +19,12 @@ from spallm_serve.adapters_store.failures import (
     StoreError,
     UnavailableError,
 )
+from spallm_serve.server.body import read_json
 from spallm_serve.server.errors import ApiError
 
 _Answer = TypeVar("_Answer")
+_Told = TypeVar("_Told", bound=BaseModel)
+_BODY_BYTES, _BODY_SECONDS = 4096, 10.0
 # The most particular first.
 _STATUS: tuple[tuple[type[StoreError], int, str], ...] = (
     (RejectedError, 400, "invalid_adapter"),
@@ -52,3 +58,18 @@ async def asked(
             (status, code) for kind, status, code in _STATUS if isinstance(error, kind)
         )
         raise ApiError(status, str(error), code) from error
+
+
+async def told(request: Request, model: type[_Told]) -> _Told:
+    """The small JSON body of a request, as a model.
+
+    Raises:
+        ApiError: it is none, or too large, or late.
+    """
+    body = await read_json(request.receive, _BODY_BYTES, _BODY_SECONDS)
+    try:
+        return model.model_validate(body)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        field = ".".join(str(part) for part in problem["loc"])
+        raise ApiError(400, f"{field}: {problem['msg']}", "invalid_request", param=field) from error

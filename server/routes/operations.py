@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from datetime import date
 from functools import partial
+from typing import Literal
 
+from pydantic import BaseModel, ConfigDict, Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from spallm_serve.adapters_store.records import Principal
 from spallm_serve.server import runtime
-from spallm_serve.server.errors import ApiError
+from spallm_serve.server.errors import ApiError, model_not_found
 from spallm_serve.server.gate import PRINCIPAL
-from spallm_serve.server.routes.asking import asked
+from spallm_serve.server.routes.asking import asked, told
 
 
 async def usage(request: Request) -> Response:
@@ -32,9 +34,36 @@ async def usage(request: Request) -> Response:
     return JSONResponse({"object": "list", "data": [row.model_dump(mode="json") for row in rows]})
 
 
+class Pin(BaseModel):
+    """What ``POST /v1/residency`` is told to do.
+
+    Attributes:
+        action: ``pin`` what an adapter's name stands for now to a slot, or ``unpin`` it.
+        adapter: ``owner/name``, or ``owner/name@digest``.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    action: Literal["pin", "unpin"]
+    adapter: str = Field(pattern="^[^/]+/[^/]+$", max_length=256)
+
+
 async def residency(request: Request) -> Response:
     """What is in slots and in memory, worker by worker."""
     return JSONResponse({"workers": await runtime.current().engine().facts()})
+
+
+async def pin(request: Request) -> Response:
+    """Keep a version in a slot, or no longer; see :class:`Pin`."""
+    here = runtime.current()
+    wish = await told(request, Pin)
+    owner = wish.adapter.partition("/")[0]
+    resolved = await asked(partial(here.directory.resolve, owner, wish.adapter))
+    if resolved is None:
+        raise model_not_found(wish.adapter)
+    engine = here.engine()
+    await (engine.pin(resolved) if wish.action == "pin" else engine.unpin(resolved))
+    return JSONResponse({"done": wish.action, "adapter": resolved.engine_name})
 
 
 def _day(text: str | None, name: str) -> date | None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,7 @@ from spallm_serve.server.intake import Intake
 from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metrics import TenantLabels, TenantMetrics
 from spallm_serve.server.settings import ServerSettings
+from spallm_serve.server.tier_metrics import TierMetrics
 from tests.adapters_store.stored import BASE_NAME
 
 SECRET = bytes(range(32))
@@ -36,10 +37,20 @@ class NoEngine:
     store: AdapterStore
     loaded: list[str] = field(default_factory=list)
 
-    async def ensure(self, resolved: Resolved) -> None:
+    pinned: list[str] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def held(self, resolved: Resolved) -> AsyncIterator[None]:
         if resolved.digest is not None:
             await asyncio.to_thread(self.store.local_folder, resolved.digest)
         self.loaded.append(resolved.engine_name)
+        yield
+
+    async def pin(self, resolved: Resolved) -> None:
+        self.pinned.append(resolved.engine_name)
+
+    async def unpin(self, resolved: Resolved) -> None:
+        self.pinned.remove(resolved.engine_name)
 
     async def facts(self) -> list[dict[str, Any]]:
         return [{"slots": {}, "host": [], "host_bytes": 0, "slot_bytes": 0}]
@@ -85,6 +96,7 @@ def running(store: AdapterStore, directory: Path, **settings: Any) -> Iterator[r
     uploads.mkdir(parents=True, exist_ok=True)
     usage = UsageBook(store)
     engine: Any = NoEngine(store)
+    registry = CollectorRegistry()
     here = runtime.Runtime(
         settings=ServerSettings(base="/nowhere", name=BASE_NAME, **settings),
         secret=SECRET,
@@ -92,7 +104,8 @@ def running(store: AdapterStore, directory: Path, **settings: Any) -> Iterator[r
         directory=StoreDirectory(store, usage),
         usage=usage,
         limiter=TenantLimiter(),
-        metrics=TenantMetrics(TenantLabels(10), CollectorRegistry()),
+        metrics=TenantMetrics(TenantLabels(10), registry),
+        tiers=TierMetrics(registry),
         uploads=uploads,
         intake=Intake(8),
         anonymous=None,

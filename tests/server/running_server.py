@@ -86,6 +86,7 @@ def start(base: Path, data: Path) -> tuple[subprocess.Popen[bytes], str, str]:
     # Calls of tools are told from text by a parser of vLLM's, which is chosen for each model.
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
+    environment["SPALLM_PINNED_SLOTS"] = "1"
     with log.open("wb") as file:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=file, stderr=file, env=environment

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -139,7 +140,7 @@ def engine(request: pytest.FixtureRequest, base: Path, adapters: dict[str, Path]
         max_lora_rank=8,
         worker_extension_cls="spallm_serve.server.vllm_compat.SlotWorkerExtension",
         # Memory for about two: some are read again and again.
-        additional_config={"spallm_host_bytes": 2 * largest},
+        additional_config={"spallm_host_bytes": 2 * largest, "spallm_pinned_slots": 1},
     )
     yield made
     stop(made)
@@ -191,17 +192,21 @@ def test_an_answer_does_not_change_while_others_come_and_go(
     assert found == {number: wanted[name, 0] for number, name in asked.items()}
 
 
+@pytest.fixture(scope="module")
+def strange(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of another base."""
+    folder = tmp_path_factory.mktemp("strange")
+    return make_adapter(make_base("llama-tied", folder), "lut", 1, folder / "adapter")
+
+
 def test_an_adapter_of_another_base_is_refused_and_the_engine_goes_on(
     engine: LLM,
-    base: Path,
     adapters: dict[str, Path],
     wanted: dict[tuple[str | None, int], list[int]],
-    tmp_path: Path,
+    strange: Path,
 ) -> None:
     from vllm.lora.request import LoRARequest
 
-    other = make_base("llama-tied", tmp_path)
-    strange = make_adapter(other, "lut", 1, tmp_path / "strange")
     with pytest.raises(Exception, match="was made for the base"):
         engine.llm_engine.add_lora(LoRARequest("t/strange@1", 99, str(strange)))
     name = next(iter(adapters))
@@ -212,20 +217,71 @@ def test_loading_does_not_wait_and_says_what_is_wrong(
     engine: LLM, adapters: dict[str, Path], tmp_path: Path
 ) -> None:
     path = str(next(iter(adapters.values())))
-    deadline = time.monotonic() + 20
-    while (state := _prefetch(engine, path)) == "loading":
-        assert time.monotonic() < deadline
-    assert state == "ready"
-    (residency,) = engine.collective_rpc("spallm_residency")
-    assert path in residency["host"]
-    assert residency["slot_bytes"] > 0
+    assert _kept(engine, path, []) in ("host", "slot")
+    facts = _facts(engine)
+    assert path in facts["host"]
+    assert facts["slot_bytes"] > 0
+    assert facts["moves"]["swaps"] > 0
     (tmp_path / "empty").mkdir()
-    while (state := _prefetch(engine, str(tmp_path / "empty"))) == "loading":
+    assert "no adapter here" in _kept(engine, str(tmp_path / "empty"), [path])
+
+
+def test_a_step_reads_nothing_while_its_adapters_are_kept(
+    engine: LLM,
+    adapters: dict[str, Path],
+    wanted: dict[tuple[str | None, int], list[int]],
+    tmp_path: Path,
+) -> None:
+    """Even if its files are gone and others have pushed it out of a slot."""
+    from vllm.lora.request import LoRARequest
+
+    name = "t3/lora@3"
+    copy = tmp_path / "copy"
+    shutil.copytree(adapters[name], copy)
+    assert _kept(engine, str(copy), []) == "host"
+    shutil.rmtree(copy)
+    for other in adapters:  # more than there are slots, and more than the memory that is allowed
+        answers(engine, [list(PROMPTS[0])], [request(adapters, other)])
+    late = _facts(engine)["moves"]["late_loads"]
+    found = answers(engine, [list(PROMPTS[0])], [LoRARequest("t/copy@3", 77, str(copy))])
+    assert found == [wanted[name, 0]]
+    facts = _facts(engine)
+    assert facts["moves"]["late_loads"] == late
+    assert facts["host_bytes"] > 0
+    (known,) = engine.collective_rpc("spallm_keep", args=(str(adapters[name]), [str(copy)]))
+    assert known in ("host", "slot", "loading")
+
+
+def test_a_pinned_adapter_keeps_its_slot(
+    engine: LLM, adapters: dict[str, Path], wanted: dict[tuple[str | None, int], list[int]]
+) -> None:
+    pinned, second, *others = adapters
+    (said,) = engine.collective_rpc("spallm_pin", args=(str(adapters[pinned]),))
+    assert said == ""
+    slot = _facts(engine)["slots"][str(adapters[pinned])]
+    (said,) = engine.collective_rpc("spallm_pin", args=(str(adapters[second]),))
+    assert "as many" in said
+    for other in (second, *others, pinned):
+        found = answers(engine, [list(PROMPTS[1])], [request(adapters, other)])
+        assert found == [wanted[other, 1]]
+    facts = _facts(engine)
+    assert facts["slots"][str(adapters[pinned])] == slot
+    assert facts["pinned"] == [str(adapters[pinned])]
+    engine.collective_rpc("spallm_unpin", args=(str(adapters[pinned]),))
+    assert _facts(engine)["pinned"] == []
+
+
+def _facts(engine: LLM) -> dict[str, Any]:
+    (facts,) = engine.collective_rpc("spallm_residency")
+    assert isinstance(facts, dict)
+    return facts
+
+
+def _kept(engine: LLM, folder: str, let_go: list[str]) -> str:
+    """Where an adapter is once it is no longer being read, or what is wrong with it."""
+    deadline = time.monotonic() + 20
+    while True:
+        (state,) = engine.collective_rpc("spallm_keep", args=(folder, let_go))
+        if state != "loading":
+            return str(state)
         assert time.monotonic() < deadline
-    assert "no adapter here" in state
-
-
-def _prefetch(engine: LLM, folder: str) -> str:
-    (state,) = engine.collective_rpc("spallm_prefetch", args=(folder,))
-    assert isinstance(state, str)
-    return state

@@ -22,6 +22,7 @@ from tests.server.gated import Gated, engine_app, issue_keys, running
 EXAMPLES = 12
 OPERATIONS = [
     "GET /livez", "GET /v1/models", "GET /v1/models/{model}", "GET /v1/usage", "GET /v1/residency",
+    "POST /v1/residency",
     "GET /v1/adapters", "POST /v1/adapters:validate", "PUT /v1/adapters/{name}",
     "GET /v1/adapters/{name}", "POST /v1/adapters/{name}", "DELETE /v1/adapters/{name}",
 ]  # fmt: skip

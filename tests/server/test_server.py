@@ -201,8 +201,36 @@ def test_quotas_and_usage(server: Server, wanted: dict[str, list[int]]) -> None:
         metrics = client.get("/metrics").text
         assert 'spallm_tokens_total{kind="completion",tenant="small"} 16.0' in metrics
         assert "vllm:lora_requests_info" in metrics
+        assert 'spallm_late_loads_total{worker="0"} 0.0' in metrics
+        assert "spallm_adapter_requests_total{found=" in metrics
         residency = client.get("/v1/residency").json()["workers"][0]
         assert set(residency) >= {"slots", "host", "host_bytes", "slot_bytes"}
+
+
+def test_admins_pin_adapters_to_slots(
+    server: Server, adapters: dict[str, Path], wanted: dict[str, list[int]]
+) -> None:
+    server.put("acme", "pinned", adapters["lut"])
+    server.put("acme", "other", adapters["smt"])
+    with server.client("admin") as admin:
+
+        def told(action: str, adapter: str) -> httpx.Response:
+            return admin.post("/v1/residency", json={"action": action, "adapter": adapter})
+
+        assert told("pin", "acme/pinned").json()["done"] == "pin"
+        (pinned,) = admin.get("/v1/residency").json()["workers"][0]["pinned"]
+        refused = told("pin", "acme/other")
+        assert refused.status_code == 409
+        assert "as many adapters are pinned" in refused.json()["error"]["message"]
+        assert told("pin", "acme/none").status_code == 404
+        assert told("keep", "acme/pinned").status_code == 400
+        for name, kind in (("other", "smt"), ("pinned", "lut"), ("base", "base")):
+            assert server.tokens("acme", name) == wanted[kind]
+        assert pinned in admin.get("/v1/residency").json()["workers"][0]["slots"]
+        assert told("unpin", "acme/pinned").status_code == 200
+        assert admin.get("/v1/residency").json()["workers"][0]["pinned"] == []
+    with server.client("acme") as client:
+        assert client.post("/v1/residency", json={}).status_code == 403
 
 
 def test_adapters_are_pushed_from_the_terminal(

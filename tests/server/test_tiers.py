@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from spallm_serve.server.host_tier import HostTier
 from spallm_serve.server.slots import NoFreeSlotError, SlotBook
@@ -23,7 +23,7 @@ class SlotMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.book: SlotBook[str] = SlotBook(COUNT)
+        self.book: SlotBook[str] = SlotBook(COUNT, pins=COUNT - 1)
         self.order: list[str] = []
         self.pinned: set[str] = set()
         self.filled: dict[int, str] = {}
@@ -63,16 +63,23 @@ class SlotMachine(RuleBasedStateMachine):
         if adapter in self.order:
             self.out(adapter)
 
-    @precondition(lambda self: len(self.pinned) < COUNT - 1)
     @rule(adapter=ADAPTERS)
     def pin(self, adapter: str) -> None:
-        assert self.book.pin(adapter) == (adapter in self.order)
-        if adapter in self.order:
+        may = adapter in self.pinned or len(self.pinned) < COUNT - 1
+        assert self.book.may_pin(adapter) == may
+        assert self.book.pin(adapter) == (may and adapter in self.order)
+        if may and adapter in self.order:
             self.pinned.add(adapter)
+
+    @rule(adapter=ADAPTERS)
+    def unpin(self, adapter: str) -> None:
+        self.book.unpin(adapter)
+        self.pinned.discard(adapter)
 
     @invariant()
     def everybody_is_where_it_was_put(self) -> None:
         assert self.book.adapters() == self.order
+        assert set(self.book.pinned()) == self.pinned
         slots = [self.book.slot_of(adapter) for adapter in self.order]
         assert len(set(slots)) == len(slots)
         assert all(1 <= slot <= COUNT for slot in slots if slot is not None)
@@ -145,3 +152,18 @@ def test_what_was_dropped_is_read_again() -> None:
     assert tier.folders() == []
     tier.get("a")
     assert disk.reads["a"] == 2
+
+
+def test_what_is_kept_stays_whatever_the_budget_is() -> None:
+    disk = Disk()
+    tier = HostTier(disk.load, budget=25)
+    for folder in ("a", "b", "c"):
+        tier.keep(folder).result()
+    for folder in ("d", "e"):
+        tier.get(folder)
+    assert set(tier.folders()) == {"a", "b", "c", "e"}
+    tier.let_go(["a", "b"])
+    assert set(tier.folders()) == {"c", "e"}
+    assert (tier.loads.count, tier.loads.nbytes) == (5, 50)
+    assert tier.has("c")
+    assert not tier.has("a")
