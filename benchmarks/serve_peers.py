@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from spallm_serve.benchmarks import serve_stock
 from spallm_serve.benchmarks.engine import make_loras
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.serve_cells import Cell, Figures, Plan, cell_records, measure_cells
@@ -75,7 +76,7 @@ def _best_server(
     model: Path, flags: list[object], log: Path
 ) -> Iterator[tuple[ServerProcess, str]]:
     """A server that compiles its model, or else one that does not; and which it is."""
-    command = [Path(sys.executable).with_name("vllm"), "serve", model, *flags]
+    command = [sys.executable, "-m", serve_stock.__name__, "--model", model, *flags]
     with contextlib.ExitStack() as opened:
         # No plugins: ours would be loaded with the others.
         environment = {"VLLM_PLUGINS": ""}
