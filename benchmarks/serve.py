@@ -15,16 +15,15 @@ from spallm_serve.benchmarks.serve_client import run_load
 from spallm_serve.benchmarks.serve_mixture import Asking
 from spallm_serve.benchmarks.serve_ours import (
     Tenants,
-    adapter_bytes,
     make_tenants,
     our_server,
     residency,
-    upload,
 )
 from spallm_serve.benchmarks.serve_peers import peer_records
 from spallm_serve.benchmarks.serve_process import ServerProcess
 from spallm_serve.benchmarks.serve_swaps import swap_records
 from spallm_serve.benchmarks.serve_tiers import first_token_records, tier_records
+from spallm_serve.benchmarks.serve_upload import adapter_bytes, upload
 from spallm_serve.benchmarks.weights import weights_record
 
 _NAME = "spallm"

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from spallm_serve.benchmarks.serve_client import Ask, Target, run_load
-from spallm_serve.benchmarks.serve_ours import adapter_bytes, upload
+from spallm_serve.benchmarks.serve_upload import adapter_bytes, upload
 
 # float16 from 0 up to, but without, 2; as bits.
 _HALVES = 0x4000

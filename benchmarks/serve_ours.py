@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,12 +17,10 @@ from spallm_serve.adapters_store.records import Quota, Scope
 from spallm_serve.adapters_store.store import AdapterStore
 from spallm_serve.benchmarks.serve_client import Target
 from spallm_serve.benchmarks.serve_process import ServerProcess, server_process
-from spallm_serve.errors import UserError
 
 _ADAPTER = "tuned"
 # More than all adapters of a run: what leaves memory is measured by starting anew.
 _HOST_BYTES = 8 << 30
-_UPLOAD_SECONDS = 300.0
 
 
 @dataclass(frozen=True)
@@ -78,30 +75,6 @@ def our_server(
     ]  # fmt: skip
     with server_process(command, store.with_suffix(".log"), "/readyz", {}) as process:
         yield process
-
-
-def upload(url: str, target: Target, config: bytes, tensors: bytes) -> float:
-    """Upload an adapter's two files; seconds until the server has released it.
-
-    Raises:
-        UserError: it was refused, or was there before.
-    """
-    files = {"config": config, "tensors": tensors}
-    headers = {"Authorization": f"Bearer {target.key}"}
-    started = time.perf_counter()
-    answer = httpx.put(
-        f"{url}/v1/adapters/{target.model}", files=files, headers=headers, timeout=_UPLOAD_SECONDS
-    )
-    seconds = time.perf_counter() - started
-    if answer.status_code != 201:
-        raise UserError(f"an upload was answered {answer.status_code}: {answer.text[:500]}")
-    return seconds
-
-
-def adapter_bytes(folder: Path) -> tuple[bytes, bytes]:
-    """An adapter's configuration and tensors."""
-    config = (folder / "adapter_config.json").read_bytes()
-    return config, (folder / "adapter_model.safetensors").read_bytes()
 
 
 def residency(url: str, admin: str) -> dict[str, Any]:

@@ -25,8 +25,10 @@ from spallm_serve.benchmarks.serve_cells import Plan, cell_records, measure_cell
 from spallm_serve.benchmarks.serve_client import Ask, Target, percentile, run_load
 from spallm_serve.benchmarks.serve_mixture import PROMPT_TOKENS, Asking, Mixture, chosen, mixtures
 from spallm_serve.benchmarks.serve_mover import version
+from spallm_serve.benchmarks.serve_ours import Tenants
 from spallm_serve.benchmarks.serve_plot import plot_serve
 from spallm_serve.benchmarks.serve_process import server_process
+from spallm_serve.benchmarks.serve_swaps import swap_records
 from spallm_serve.benchmarks.weights import weights_record
 from spallm_serve.errors import UserError
 
@@ -39,6 +41,7 @@ class Fake:
 
     def __init__(self) -> None:
         self.asked: list[tuple[str, str | None, list[int]]] = []
+        self.uploads: list[bytes] = []
         self.now = self.most = 0
 
     async def complete(self, request: Request) -> Response:
@@ -48,6 +51,10 @@ class Fake:
         if model == "unknown":
             return JSONResponse({"error": {"message": "no such model"}}, 404)
         return StreamingResponse(self._events(model, body["max_tokens"]))
+
+    async def put(self, request: Request) -> Response:
+        self.uploads.append(await request.body())
+        return JSONResponse({}, 201)
 
     async def _events(self, model: str, tokens: int) -> AsyncIterator[str]:
         self.now += 1
@@ -74,7 +81,11 @@ def _event(token_ids: list[int]) -> str:
 @pytest.fixture
 def fake() -> Iterator[tuple[Fake, str]]:
     state = Fake()
-    app = Starlette(routes=[Route("/v1/completions", state.complete, methods=["POST"])])
+    routes = [
+        Route("/v1/completions", state.complete, methods=["POST"]),
+        Route("/v1/adapters/tuned", state.put, methods=["PUT"]),
+    ]
+    app = Starlette(routes=routes)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -205,6 +216,27 @@ def test_versions_differ_in_their_last_values_only() -> None:
     for each in found:
         assert each.isfinite().all()
         assert each[:-2].tolist() == list(range(14))
+
+
+def test_a_stream_is_timed_alone_and_while_another_tenant_swaps(
+    fake: tuple[Fake, str], tmp_path: Path
+) -> None:
+    """The other tenant is a process, as in the measurement itself."""
+    state, url = fake
+    save_file(
+        {"tables": torch.zeros(8, dtype=torch.float16)}, tmp_path / "adapter_model.safetensors"
+    )
+    (tmp_path / "adapter_config.json").write_text("{}")
+    tenants = Tenants(Target("base"), [Target("tuned", KEY)], Target("tuned", "mover"), "admin")
+    asking = Asking(tenants.base, tenants.adapters, 200)
+    records = list(swap_records(url, tenants, tmp_path, asking, requests=2, tokens=3, rounds=1))
+    alone, beside, ratio = records
+    assert alone.ours and beside.ours and ratio.ours
+    assert ratio.ours == pytest.approx(beside.ours / alone.ours, rel=0.01)
+    swaps = [asked for asked in state.asked if asked[1] == "Bearer mover"]
+    assert len(swaps) == len(state.uploads) >= 2
+    assert len(set(state.uploads)) == len(state.uploads)
+    assert ratio.case["swaps_per_s"]
 
 
 def test_weights_count_codes_and_tables_and_no_estimators(tmp_path: Path) -> None:
