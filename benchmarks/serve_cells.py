@@ -89,6 +89,9 @@ def measure_cells(url: str, asking: Asking, plan: Plan) -> Iterator[tuple[Cell, 
     for concurrency in plan.concurrency:
         count = max(plan.requests, concurrency)
         loads: dict[Mixture, list[Load]] = {mixture: [] for mixture in (_BASE, *several)}
+        # The first load of its size warms up.
+        most = asking.mixed(several[-1] if several else _BASE, concurrency, seed=0)
+        run_load(url, most, concurrency, plan.tokens)
         for number in range(plan.rounds):
             for mixture, taken in loads.items():
                 asks = asking.mixed(mixture, count, seed=number)
