@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 
 from spallm_serve.benchmarks import serve_stock
@@ -56,7 +57,10 @@ def _peer_records(
         flags += ["--enable-lora", "--max-lora-rank", rank, "--max-loras", plan.slots]
         flags += ["--max-cpu-loras", max(plan.slots, len(loras)), "--lora-modules"]
         flags += [f"{name}={path}" for name, path in zip(names, loras, strict=True)]
-    with _best_server(model, flags, run / f"vllm-{rank}.log") as (process, compiled):
+    # On a CPU vLLM compiles nothing once LoRAs are enabled, whatever it is told.
+    may_compile = rank is None or torch.cuda.is_available()
+    log = run / f"vllm-{rank}.log"
+    with _best_server(model, flags, log, may_compile=may_compile) as (process, compiled):
         name = f"vLLM, bfloat16{f', LoRAs of rank {rank}' if rank else ''}, {compiled}"
         asking = Asking(Target(_NAME), [Target(each) for each in names], vocabulary)
         # The first use of each is no part of the load.
@@ -73,19 +77,20 @@ def _peer_records(
 
 @contextlib.contextmanager
 def _best_server(
-    model: Path, flags: list[object], log: Path
+    model: Path, flags: list[object], log: Path, *, may_compile: bool
 ) -> Iterator[tuple[ServerProcess, str]]:
     """A server that compiles its model, or else one that does not; and which it is."""
     command = [sys.executable, "-m", serve_stock.__name__, "--model", model, *flags]
+    eager = [*command, "--enforce-eager"]
+    # No plugins: ours would be loaded with the others.
+    environment = {"VLLM_PLUGINS": ""}
     with contextlib.ExitStack() as opened:
-        # No plugins: ours would be loaded with the others.
-        environment = {"VLLM_PLUGINS": ""}
-        try:
-            process = opened.enter_context(server_process(command, log, "/health", environment))
-            compiled = "compiled"
-        except UserError as error:
-            Console(stderr=True).print(f"compiled it did not start: {error}", markup=False)
-            eager = [*command, "--enforce-eager"]
+        if may_compile:
+            try:
+                process = opened.enter_context(server_process(command, log, "/health", environment))
+            except UserError as error:
+                Console(stderr=True).print(f"compiled it did not start: {error}", markup=False)
+                may_compile = False
+        if not may_compile:
             process = opened.enter_context(server_process(eager, log, "/health", environment))
-            compiled = "eager"
-        yield process, compiled
+        yield process, "compiled" if may_compile else "eager"
