@@ -17,6 +17,7 @@ from spallm_serve.benchmarks.command import (
     model_directory,
     parse_pairs,
 )
+from spallm_serve.benchmarks.serve_cli import serve
 from spallm_serve.benchmarks.training_cli import training, training_memory, tuning
 from spallm_serve.console import user_errors
 from spallm_serve.errors import UserError
@@ -28,7 +29,7 @@ app = typer.Typer(
     help="Measure what is claimed. Results are JSON records with machine, versions and command.",
 )
 
-for _command in (tuning, training, training_memory):
+for _command in (tuning, training, training_memory, serve):
     app.command()(_command)
 
 

@@ -42,7 +42,7 @@ def engine_records(
         rounds: of each mixture.
     """
     ours = _measure(base, make_tables(base, scratch / "tables", tenants), tokens, rounds)
-    theirs = _measure(dense, make_loras(dense, scratch / "loras", tenants), tokens, rounds)
+    theirs = _measure(dense, make_loras(dense, scratch / "loras", tenants, _RANK), tokens, rounds)
     for what in ("base_only", "distinct_tenants"):
         yield Record(
             bench="engine",
@@ -92,8 +92,8 @@ def make_tables(base: Path, folder: Path, count: int) -> list[Path]:
     return paths
 
 
-def make_loras(model_dir: Path, folder: Path, count: int) -> list[Path]:
-    """LoRAs on all linears of the blocks, with small values."""
+def make_loras(model_dir: Path, folder: Path, count: int, rank: int) -> list[Path]:
+    """LoRAs on all linears of the blocks, with small values, in bfloat16."""
     model = load_model(model_dir)
     targets = {
         name: weight_shape(module)
@@ -101,18 +101,18 @@ def make_loras(model_dir: Path, folder: Path, count: int) -> list[Path]:
         if is_linear(module) and name != "lm_head"
     }
     leaves = sorted({name.rpartition(".")[2] for name in targets})
-    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": _RANK, "lora_alpha": 2 * _RANK,
+    fields = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "r": rank, "lora_alpha": 2 * rank,
               "target_modules": leaves, "bias": "none"}  # fmt: skip
-    config = LoraConfig(r=_RANK, lora_alpha=2 * _RANK, fields=fields)
+    config = LoraConfig(r=rank, lora_alpha=2 * rank, fields=fields)
     generator = torch.Generator().manual_seed(0)
     paths = []
     for number in range(count):
         tensors = {}
         for name, (rows, columns) in targets.items():
-            a = 0.01 * torch.randn(_RANK, columns, generator=generator)
-            b = 0.01 * torch.randn(rows, _RANK, generator=generator)
-            tensors[f"base_model.model.{name}.lora_A.weight"] = a
-            tensors[f"base_model.model.{name}.lora_B.weight"] = b
+            a = 0.01 * torch.randn(rank, columns, generator=generator)
+            b = 0.01 * torch.randn(rows, rank, generator=generator)
+            tensors[f"base_model.model.{name}.lora_A.weight"] = a.bfloat16()
+            tensors[f"base_model.model.{name}.lora_B.weight"] = b.bfloat16()
         paths.append(folder / str(number))
         write_adapter(Adapter(config, tensors), paths[-1])
     return paths
