@@ -24,7 +24,10 @@ from spallm_serve.checkpoint import TABLES
 from spallm_serve.errors import UserError
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Addition, SlottedLinear
+from spallm_serve.server.slotted_norm import SlottedNorm
 from spallm_serve.trainer.smt.ops import BlockLayout, block_delta
+
+_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -52,11 +55,13 @@ class ServedLayers:
         base_digest: of the base.
         layers: the merged ones, by name.
         places: of the model's own linears, by their names in the checkpoint.
+        norms: by their names in the checkpoint.
     """
 
     base_digest: str
     layers: Mapping[str, SlottedLinear]
     places: Mapping[str, Place]
+    norms: Mapping[str, SlottedNorm]
 
     @property
     def slot_bytes(self) -> int:
@@ -70,17 +75,21 @@ class HostAdapter:
 
     Attributes:
         tables, additions: by layer, and in it by the number of the linear.
+        norms: weights in the dtype of the activations, by name.
         nbytes: of all tensors.
     """
 
     tables: Mapping[str, Mapping[int, Tensor]]
     additions: Mapping[str, Mapping[int, Addition]]
+    norms: Mapping[str, Tensor]
     nbytes: int
 
     def fill(self, served: ServedLayers, slot: int) -> None:
         """Put it into a slot that no token uses."""
         for name, layer in served.layers.items():
             layer.fill(slot, self.tables.get(name, {}), self.additions.get(name, {}))
+        for name, norm in served.norms.items():
+            norm.fill(slot, self.norms.get(name))
 
 
 def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> HostAdapter:
@@ -103,15 +112,13 @@ def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> 
     for name, addition in _additions(adapter, served, dtype):
         place = served.places[name]
         additions.setdefault(place.layer, {})[place.number] = addition
-    return HostAdapter(tables, additions, adapter.nbytes)
+    return HostAdapter(tables, additions, dict(_norms(adapter, served, dtype)), adapter.nbytes)
 
 
 def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, Tensor]]:
     if not isinstance(adapter.config, LutConfig):
         return
     for name, tensor in adapter.tensors.items():
-        if not name.endswith((TABLES, ROWS)):
-            raise UserError(f"{name}: adapters that train normalisations cannot be served yet")
         if not name.endswith(TABLES):
             continue
         module = name.removesuffix(TABLES)
@@ -127,6 +134,21 @@ def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, Tenso
             own = _with_rows(name, tensor, rows, place, base)
         _expect(name, list(own.shape), list(base.shape), "shape")
         yield module, own
+
+
+def _norms(
+    adapter: Adapter, served: ServedLayers, dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    if not isinstance(adapter.config, LutConfig):
+        return
+    for name, tensor in adapter.tensors.items():
+        if name.endswith((TABLES, ROWS)):
+            continue
+        module = name.removesuffix(_WEIGHT)
+        if module not in served.norms:
+            raise UserError(f"{name}: the base has no such normalisation that can be served")
+        _expect(name, list(tensor.shape), [served.norms[module].width], "shape")
+        yield module, tensor.to(dtype)
 
 
 def _with_rows(name: str, tensor: Tensor, rows: Tensor, place: Place, base: Tensor) -> Tensor:
@@ -156,13 +178,15 @@ def _additions(
     elif isinstance(adapter.config, SmtConfig):
         for name in adapter.modules(BLOCKS):
             place = _place(name, served)
-            if not place.shard.is_whole(place.all_rows):
-                raise UserError(f"{name}: blocks of shared-out layers cannot be served yet")
             index, size = adapter.tensors[name + BLOCK_INDEX], adapter.config.block_size
             edge = (index.max(0).values * size).tolist()
             if edge[0] >= place.all_rows or edge[1] >= place.shard.all_columns:
                 raise UserError(f"{name}{BLOCK_INDEX}: a block is outside of the layer")
-            yield name, _blocks(adapter.tensors[name + BLOCKS].to(dtype), index, size)
+            blocks = adapter.tensors[name + BLOCKS].to(dtype)
+            if not place.shard.is_whole(place.all_rows):
+                blocks, index, size = place.shard.blocks(blocks, index, size)
+            if len(index):
+                yield name, _blocks(blocks, index, size)
 
 
 def _lora(down: Tensor, up: Tensor) -> Addition:

@@ -88,9 +88,10 @@ def _check_environment(engine_flags: list[str]) -> None:
             "no authentication; unset it"
         )
     for flag in engine_flags:
-        name = flag.partition("=")[0].replace("_", "-")  # vLLM takes either
-        if name in _OWN_FLAGS:
-            raise UserError(f"{name}: {_OWN_FLAGS[name]}")
+        name = flag.partition("=")[0].replace("_", "-")  # vLLM takes either, and beginnings
+        for own, reason in _OWN_FLAGS.items():
+            if name.startswith("--") and own.startswith(name) and name != "--":
+                raise UserError(f"{flag.partition('=')[0]}: {reason}")
 
 
 # Flags of vLLM's that would undo what this server is for.

@@ -64,13 +64,19 @@ class Runtime:
 
 
 def servable(manifest: BaseManifest) -> BaseManifest:
-    """What of a base an adapter can change while it is served: its compressed linears.
+    """What of a base an adapter can change while it is served: compressed linears and RMS norms.
 
-    Normalisations and layers that were left as they are have no slots. They are left out, so that
-    an upload that changes one of them is refused as one for a layer the base does not have.
+    Layers that were left as they are have no slots, nor have normalisations with a bias. They are
+    left out, so that an upload that changes one of them is refused as one for a layer the base does
+    not have.
     """
     linears = {name: shape for name, shape in manifest.linears.items() if shape.bits is not None}
-    return manifest.model_copy(update={"linears": linears, "norms": {}})
+    norms = {
+        name: shape
+        for name, shape in manifest.norms.items()
+        if name.endswith(".weight") and name.removesuffix("weight") + "bias" not in manifest.norms
+    }
+    return manifest.model_copy(update={"linears": linears, "norms": norms})
 
 
 _current: list[Runtime] = []

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from spallm_serve.errors import UserError
@@ -75,6 +77,28 @@ class Shard:
     def outputs(self, matrix: Tensor) -> Tensor:
         """The rows of something ``[out, n]``."""
         return matrix[self.row : self.row + self.rows]
+
+    def blocks(self, blocks: Tensor, index: Tensor, size: int) -> tuple[Tensor, Tensor, int]:
+        """The share of square blocks of a weight, cut where a worker's share ends within one.
+
+        Args:
+            blocks: ``[n, size, size]``.
+            index: int32 ``[n, 2]``, place of each in units of ``size``.
+            size: of an edge.
+
+        Returns:
+            The same of the share, perhaps more and smaller ones.
+        """
+        edge = math.gcd(size, self.row, self.rows, self.column, self.columns)
+        parts = size // edge
+        cut = blocks.view(-1, parts, edge, parts, edge).transpose(2, 3).reshape(-1, edge, edge)
+        within = torch.cartesian_prod(torch.arange(parts), torch.arange(parts)).view(1, -1, 2)
+        places = (index.long().unsqueeze(1) * parts + within).view(-1, 2)
+        first = torch.tensor([self.row // edge, self.column // edge])
+        count = torch.tensor([self.rows // edge, self.columns // edge])
+        places = places - first
+        here = ((places >= 0) & (places < count)).all(1)
+        return cut[here], places[here].int(), edge
 
     def is_whole(self, rows: int) -> bool:
         """Whether it is all of a weight with so many rows."""

@@ -12,9 +12,10 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from vllm.config import VllmConfig
 from vllm.lora.request import LoRARequest
+from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
 from vllm.v1.worker import lora_model_runner_mixin as mixin
 from vllm.version import __version__ as VLLM_VERSION
 
@@ -25,6 +26,7 @@ from spallm_serve.server.quantization import PINNED_SLOTS_KEY, SpallmQuantizatio
 from spallm_serve.server.resident import ResidentAdapters
 from spallm_serve.server.slots import BASE_SLOT
 from spallm_serve.server.slotted import SlottedLinear, StepSlots
+from spallm_serve.server.slotted_norm import SlottedNorm
 
 TESTED_VERSIONS = ("0.32.",)
 # Where the host tier's budget is put for the workers; they are processes of their own.
@@ -93,12 +95,15 @@ class SlotManager:
         """Find the compressed layers; the model stays as it is."""
         layers: dict[str, SlottedLinear] = {}
         places: dict[str, Place] = {}
+        norms: dict[str, SlottedNorm] = {}
         module: Any
-        for module in model.modules():
+        for name, module in model.named_modules():
             if hasattr(module, "spallm_places"):
                 layers[module.prefix] = module.spallm
                 places |= module.spallm_places
-        served = ServedLayers(self._quantization.sketch.base_digest, layers, places)
+            elif isinstance(module, RMSNorm | GemmaRMSNorm):
+                norms[name] = self._slotted(module)
+        served = ServedLayers(self._quantization.sketch.base_digest, layers, places, norms)
         host = HostTier(partial(load_host_adapter, served=served, dtype=self._dtype),
                         self._host_bytes)  # fmt: skip
         self.resident = ResidentAdapters(served, host, self._slots, self._pins)
@@ -162,6 +167,19 @@ class SlotManager:
     def supports_tower_connector_lora(self) -> bool:
         """Adapters are for the language model."""
         return False
+
+    def _slotted(self, module: Any) -> SlottedNorm:
+        """Have a normalisation of vLLM's corrected after each use."""
+        offset = 1.0 if isinstance(module, GemmaRMSNorm) else 0.0
+        norm = SlottedNorm(len(module.weight), module.variance_epsilon, offset)
+
+        def correct(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+            # With a residual, their sum comes back beside it, and is what was normalised.
+            y, x = output if isinstance(output, tuple) else (output, inputs[0])
+            norm.correct(y, x, self._quantization.step)
+
+        module.register_forward_hook(correct)
+        return norm
 
     def _remember(self, folders: dict[int, str]) -> None:
         """The numbers of adapters that are here; not of the thousands that came and went."""

@@ -23,7 +23,7 @@ from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.identity import base_identity
 from spallm_serve.layers import SketchedLinear
-from spallm_serve.models import load_model
+from spallm_serve.models import is_norm, load_model
 from tests.tiny_models import save_random, save_tokenizer
 
 # The engine's attention wants heads of 32 channels or more.
@@ -34,6 +34,8 @@ _SIZES = {
 }  # fmt: skip
 CONFIGS: dict[str, PreTrainedConfig] = {
     "llama": LlamaConfig(**_SIZES, attention_bias=True, mlp_bias=True),
+    # Its columns can be shared out between two workers: codes are cut at multiples of 8.
+    "llama-even": LlamaConfig(**_SIZES | {"intermediate_size": 112}, attention_bias=True),
     "llama-tied": LlamaConfig(**_SIZES, tie_word_embeddings=True),
     "qwen3": Qwen3Config(**_SIZES),
     "gemma3": Gemma3TextConfig(
@@ -44,7 +46,7 @@ CONFIGS: dict[str, PreTrainedConfig] = {
     ),
     "mistral": MistralConfig(**_SIZES, sliding_window=16),
 }
-KINDS = ("lut", "lut-rows", "smt", "lora")
+KINDS = ("lut", "lut-rows", "lut-norms", "smt", "lora")
 
 
 def make_base(name: str, directory: Path, **settings: object) -> Path:
@@ -83,8 +85,11 @@ def make_adapter(base: Path, kind: str, seed: int, directory: Path) -> Path:
         name: module for name, module in model.named_modules() if isinstance(module, SketchedLinear)
     }
     chosen = dict(list(linears.items())[seed % 2 :: 2])
-    if kind in ("lut", "lut-rows"):
-        adapter = Adapter(LutConfig(base_digest=digest), _tables(chosen, kind, generator))
+    if kind.startswith("lut"):
+        tensors = _tables(chosen, kind, generator)
+        if kind == "lut-norms":
+            tensors |= _norms(model, generator)
+        adapter = Adapter(LutConfig(base_digest=digest), tensors)
     elif kind == "smt":
         adapter = Adapter(SmtConfig(base_digest=digest, block_size=8), _blocks(chosen, generator))
     else:
@@ -108,6 +113,15 @@ def _tables(
             tables = tables[rows.long()]
         tensors[f"{name}.tables"] = tables
     return tensors
+
+
+def _norms(model: PreTrainedModel, generator: torch.Generator) -> dict[str, Tensor]:
+    return {
+        f"{name}.weight": module.weight.detach().float()
+        + 0.5 * torch.randn(module.weight.shape, generator=generator)
+        for name, module in model.named_modules()
+        if is_norm(module)
+    }
 
 
 def _blocks(linears: dict[str, SketchedLinear], generator: torch.Generator) -> dict[str, Tensor]:

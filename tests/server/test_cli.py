@@ -39,6 +39,7 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
         "--chat-template=x",
         "--trust_remote_code",
         "--enable-prompt-embeds",
+        "--middlew=x.Y",
     ],
 )
 def test_flags_of_the_engine_that_would_open_the_gate(flag: str, tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.server.engine_models import CONFIGS, KINDS, greedy, make_adapter, make_base, oracle
+from tests.server.engine_models import KINDS, greedy, make_adapter, make_base, oracle
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -73,18 +73,45 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", VARIANTS)
 def test_a_base_answers_as_with_transformers(name: str, tmp_path: Path) -> None:
     """Biases, tied and compressed embeddings, groups, layers left out, bits that differ among the
-    linears of one merged layer."""
+    linears of one merged layer; and beside the base an adapter of tables and normalisations."""
     base = make_base(name, tmp_path, **VARIANTS[name])
-    engine = start(base)
+    adapter = make_adapter(base, "lut-norms", 1, tmp_path / "adapter")
+    engine = start(base, enable_lora=True, max_loras=1, max_lora_rank=8)
     try:
-        found = answers(engine, [list(prompt) for prompt in PROMPTS])
+        asked = [request({"t/norms@1": adapter}, "t/norms@1"), None]
+        found = answers(
+            engine, [list(prompt) for prompt in PROMPTS for _ in asked], asked * len(PROMPTS)
+        )
     finally:
         stop(engine)
-    model = oracle(base, None)
-    assert found == [greedy(model, list(prompt), TOKENS) for prompt in PROMPTS]
+    models = oracle(base, adapter), oracle(base, None)
+    assert found == [greedy(model, list(prompt), TOKENS) for prompt in PROMPTS for model in models]
+
+
+def test_two_workers_share_out_codes_and_adapters(tmp_path: Path) -> None:
+    """Rows of some layers, columns of others; blocks are cut where a share ends within one."""
+    base = make_base("llama-even", tmp_path)
+    adapters = {
+        f"t/{kind}@1": make_adapter(base, kind, number + 1, tmp_path / kind)
+        for number, kind in enumerate(KINDS)
+    }
+    named = [None, *adapters]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VLLM_CPU_OMP_THREADS_BIND", "nobind")
+        engine = start(base, enable_lora=True, max_loras=5, max_lora_rank=8, tensor_parallel_size=2)
+        try:
+            found = answers(
+                engine,
+                [list(PROMPTS[0])] * len(named),
+                [request(adapters, name) for name in named],
+            )
+        finally:
+            stop(engine)
+    models = [oracle(base, adapters[name] if name else None) for name in named]
+    assert found == [greedy(model, list(PROMPTS[0]), TOKENS) for model in models]
 
 
 @pytest.fixture(scope="module")
@@ -235,7 +262,7 @@ def test_a_step_reads_nothing_while_its_adapters_are_kept(
     """Even if its files are gone and others have pushed it out of a slot."""
     from vllm.lora.request import LoRARequest
 
-    name = "t3/lora@3"
+    name = "t4/lora@4"
     copy = tmp_path / "copy"
     shutil.copytree(adapters[name], copy)
     assert _kept(engine, str(copy), []) == "host"

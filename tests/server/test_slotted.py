@@ -12,6 +12,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
+from spallm_serve.server.slotted_norm import SlottedNorm
 
 SLOTS = 3
 FORMATS = st.tuples(st.sampled_from([2, 3, 4]), st.sampled_from([1, 2]), st.integers(1, 20))
@@ -132,3 +133,47 @@ def test_columns_that_are_no_whole_bytes_are_refused() -> None:
     whole, _ = random_linear(4, 24, 2, 1, 0)
     with pytest.raises(UserError, match="multiples of 8"):
         Shard(0, 4, 12, 12, 24).sketched(whole.planes, whole.tables)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from([1, 2, 3]), st.sampled_from([4, 6, 8]), st.booleans(), st.integers(0, 10**6))
+def test_shares_of_blocks_make_the_whole(workers: int, size: int, by_rows: bool, seed: int) -> None:
+    """Whether or not a share ends within a block."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = 2 * size * workers // 2 * 3, 4 * size * workers
+    tall, wide = (rows // workers, columns) if by_rows else (rows, columns // workers)
+    places = [(r, c) for r in range(rows // size) for c in range(columns // size)]
+    chosen = torch.randperm(len(places), generator=generator)[:5]
+    index = torch.tensor(places, dtype=torch.int32)[chosen]
+    blocks = torch.randn(len(index), size, size, generator=generator)
+
+    def whole(blocks: Tensor, index: Tensor, size: int, rows: int, columns: int) -> Tensor:
+        found = torch.zeros(rows, columns)
+        for block, (row, column) in zip(blocks, (index * size).tolist(), strict=True):
+            found[row : row + size, column : column + size] += block
+        return found
+
+    shares = []
+    for worker in range(workers):
+        row, column = (worker * tall, 0) if by_rows else (0, worker * wide)
+        share = Shard(row, tall, column, wide, columns)
+        shares.append(whole(*share.blocks(blocks, index, size), tall, wide))
+    found = torch.cat(shares, 0 if by_rows else 1)
+    assert torch.equal(found, whole(blocks, index, size, rows, columns))
+
+
+@pytest.mark.parametrize("offset", [0.0, 1.0])
+def test_a_slots_own_norm_is_that_of_its_tokens_alone(offset: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(4, 2, 6, generator=generator)
+    own = torch.randn(6, generator=generator)
+    norm = SlottedNorm(6, 1e-5, offset)
+    norm.fill(2, own)
+    y = torch.zeros_like(x)
+    norm.correct(y, x, StepSlots.of([0, 2, 1, 2]))
+    expected = torch.nn.functional.rms_norm(x.double(), (6,), own.double() + offset, 1e-5)
+    torch.testing.assert_close(y[[1, 3]].double(), expected[[1, 3]], rtol=1e-5, atol=1e-5)
+    assert not y[[0, 2]].any()
+    norm.fill(2, None)
+    norm.correct(y.zero_(), x, StepSlots.of([2, 2, 2, 2]))
+    assert not y.any()
