@@ -91,7 +91,7 @@ def _check_environment(engine_flags: list[str]) -> None:
         name = flag.partition("=")[0].replace("_", "-")  # vLLM takes either, and beginnings
         for own, reason in _OWN_FLAGS.items():
             if name.startswith("--") and own.startswith(name) and name != "--":
-                raise UserError(f"{flag.partition('=')[0]}: {reason}")
+                raise UserError(f"{name}: {reason}")
 
 
 # Flags of vLLM's that would undo what this server is for.
