@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,9 +18,8 @@ from rich.console import Console
 from rich.table import Table
 
 from spallm_serve.benchmarks.demo_adapters import QUESTION
+from spallm_serve.benchmarks.serve_process import server_process
 
-_START_SECONDS = 300
-_STOP_SECONDS = 60
 _ANSWER_TOKENS = 40
 _MAX_MODEL_LEN = 512
 
@@ -64,45 +60,14 @@ def serve_and_ask(console: Console, base: Path, adapters: dict[str, Path], *, st
 @contextlib.contextmanager
 def _server(base: Path, data: Path) -> Iterator[tuple[str, str]]:
     """A running server: its address and its first admin key."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     log = data.with_suffix(".log")
     command = [
-        Path(sys.executable).with_name("spallm-serve"), base, "--port", port, "--store", data,
+        Path(sys.executable).with_name("spallm-serve"), base, "--store", data,
         "--", "--max-model-len", _MAX_MODEL_LEN,
     ]  # fmt: skip
-    environment = {"VLLM_LOGGING_LEVEL": "ERROR", "VLLM_CPU_KVCACHE_SPACE": "1"} | os.environ
-    with log.open("wb") as file:
-        process = subprocess.Popen(
-            [str(part) for part in command],
-            stdout=file,
-            stderr=file,
-            env=environment,
-            # Ctrl-C is for the demo, which then ends the server.
-            start_new_session=True,
-        )
-    try:
-        url = f"http://127.0.0.1:{port}"
-        _wait_until_ready(process, url, log)
+    with server_process(command, log, "/readyz", {"VLLM_LOGGING_LEVEL": "ERROR"}) as process:
         (admin,) = re.findall(r"^\s+(spallm_\S+)", log.read_text(), re.MULTILINE)
-        yield url, admin
-    finally:
-        process.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(_STOP_SECONDS)
-        if process.poll() is None:
-            process.kill()
-
-
-def _wait_until_ready(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(httpx.TransportError):
-            if httpx.get(f"{url}/readyz", timeout=15).status_code == 200:
-                return
-        time.sleep(0.5)
-    raise SystemExit(f"the server did not start:\n{log.read_text()[-3000:]}")
+        yield process.url, admin
 
 
 def _tenant(data: Path, name: str) -> str:

@@ -26,6 +26,7 @@ class Plan:
         tokens: each is answered with.
         slots: adapters that a step can mix.
         rounds: of all mixtures at a concurrency.
+        ranks: of the peers' LoRAs, a server for each.
     """
 
     concurrency: tuple[int, ...]
@@ -34,6 +35,7 @@ class Plan:
     tokens: int
     slots: int
     rounds: int
+    ranks: tuple[int, ...] = ()
 
     @property
     def tenants(self) -> int:

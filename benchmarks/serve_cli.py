@@ -19,6 +19,7 @@ from spallm_serve.errors import UserError
 
 _CONCURRENCY = (1, 8, 32)
 _TENANTS = (0, 1, 8, 64)
+_RANKS = (16, 64)
 
 
 def serve(
@@ -43,6 +44,9 @@ def serve(
     tokens: Annotated[int, typer.Option(help="Each is answered with.")] = 32,
     rounds: Annotated[int, typer.Option(help="Of all mixtures, in turns.")] = 3,
     slots: Annotated[int, typer.Option(help="Adapters that a step can mix; peers', too.")] = 32,
+    rank: Annotated[
+        Optional[list[int]], typer.Option(help="Of the peers' LoRAs; repeat it.")
+    ] = None,
     peers: Annotated[bool, typer.Option(help="Measure vLLM's own server, too.")] = True,
     plot: Annotated[
         Optional[Path], typer.Option(help="Where a PNG of throughput by tenants goes.")
@@ -79,6 +83,7 @@ def serve(
             tokens=tokens,
             slots=slots,
             rounds=rounds,
+            ranks=tuple(rank or _RANKS),
         )
         found = finish(serve_records(source, served, folder, plan, peers=peers), json)
         if plot is not None:

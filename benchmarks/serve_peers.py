@@ -20,7 +20,6 @@ from spallm_serve.benchmarks.serve_mixture import Asking
 from spallm_serve.benchmarks.serve_process import ServerProcess, server_process
 from spallm_serve.errors import UserError
 
-RANKS = (16, 64)
 _NAME = "base"
 
 
@@ -38,7 +37,7 @@ def peer_records(
     """
     yield from _peer_records(model, vocabulary, run, replace(plan, mixtures=()), ours, None)
     if plan.tenants:
-        for rank in RANKS:
+        for rank in plan.ranks:
             yield from _peer_records(model, vocabulary, run, plan, ours, rank)
 
 
