@@ -86,6 +86,9 @@ def engine(
     tokens: Annotated[int, typer.Option(help="That each decodes.")] = 64,
     rounds: Annotated[int, typer.Option(help="Of each mixture.")] = 5,
     model: Model = None,
+    base: Annotated[
+        Optional[Path], typer.Option(help="What was made of the model; default: made here.")
+    ] = None,
     scratch: Scratch = None,
     json: Json = None,
 ) -> None:
@@ -95,9 +98,9 @@ def engine(
         from spallm_serve.benchmarks.quick_base import quick_base
 
         source = model_directory(model, folder)
-        base = quick_base(source, folder / "engine-base", parse_pairs(variant))
+        served = base or quick_base(source, folder / "engine-base", parse_pairs(variant))
         finish(
-            engine_records(source, base, folder, tenants=tenants, tokens=tokens, rounds=rounds),
+            engine_records(source, served, folder, tenants=tenants, tokens=tokens, rounds=rounds),
             json,
         )
 

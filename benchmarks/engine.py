@@ -16,6 +16,7 @@ import torch
 
 from spallm_serve.adapter import Adapter, LoraConfig, LutConfig
 from spallm_serve.adapter_files import write_adapter
+from spallm_serve.benchmarks.model import has_tokenizer
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.identity import base_identity
 from spallm_serve.layers import SketchedLinear, is_linear, weight_shape
@@ -41,17 +42,24 @@ def engine_records(
         tokens: that each decodes.
         rounds: of each mixture.
     """
-    ours = _measure(base, make_tables(base, scratch / "tables", tenants), tokens, rounds)
-    theirs = _measure(dense, make_loras(dense, scratch / "loras", tenants, _RANK), tokens, rounds)
-    for what in ("base_only", "distinct_tenants"):
+    tables = make_tables(base, scratch / "tables", tenants)
+    loras = make_loras(dense, scratch / "loras", tenants, _RANK)
+    ours = _measure(base, tables, tenants, tokens, rounds)
+    theirs = _measure(dense, loras, tenants, tokens, rounds)
+    plain = _measure(dense, [], tenants, tokens, rounds)
+    for mixture, found, name in (
+        ("base_only", plain, "vLLM, bfloat16, compiled, no adapters possible"),
+        ("base_only", theirs, "vLLM, bfloat16, LoRAs possible"),
+        ("distinct_tenants", theirs, f"vLLM, bfloat16, LoRAs of rank {_RANK}"),
+    ):
         yield Record(
             bench="engine",
-            case={"requests": tenants, "tokens": tokens, "mixture": what, "model": dense.name},
+            case={"requests": tenants, "tokens": tokens, "mixture": mixture, "model": dense.name},
             metric="decoded_tokens_per_s",
-            ours=ours[what],
-            peer=theirs[what],
-            peer_name=f"vLLM, bfloat16{'' if what == 'base_only' else f', LoRAs of rank {_RANK}'}",
-            ratio=round(ours[what] / theirs[what], 3),
+            ours=ours[mixture],
+            peer=found[mixture],
+            peer_name=name,
+            ratio=round(ours[mixture] / found[mixture], 3),
             better="higher",
             runs=rounds,
         )
@@ -118,11 +126,14 @@ def make_loras(model_dir: Path, folder: Path, count: int, rank: int) -> list[Pat
     return paths
 
 
-def _measure(model: Path, adapters: list[Path], tokens: int, rounds: int) -> dict[str, Any]:
+def _measure(
+    model: Path, adapters: list[Path], requests: int, tokens: int, rounds: int
+) -> dict[str, Any]:
     """What an engine of its own process says; it prints much else."""
     told = {
         "model": str(model),
         "adapters": [str(path) for path in adapters],
+        "count": requests,
         "tokens": tokens,
         "rounds": rounds,
     }
@@ -142,40 +153,45 @@ def _measure(model: Path, adapters: list[Path], tokens: int, rounds: int) -> dic
     return found
 
 
-def run_engine(model: str, adapters: list[str], tokens: int, rounds: int) -> dict[str, Any]:
+def run_engine(
+    model: str, adapters: list[str], count: int, tokens: int, rounds: int
+) -> dict[str, Any]:
     """Tokens a second of both mixtures, and how long a slot takes to fill.
 
     Args:
         model: directory.
-        adapters: directories, one for each request.
+        adapters: directories, one for each request; none for an engine without them, which vLLM
+            compiles.
+        count: requests at a time.
         tokens: that each request decodes.
         rounds: of each mixture; medians are taken.
     """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
 
-    count = len(adapters)
     compressed = "quantization_config" in json.loads((Path(model) / "config.json").read_text())
-    extension = "spallm_serve.server.vllm_compat.SlotWorkerExtension"
+    more: dict[str, Any] = {}
+    if adapters:
+        more |= {"enable_lora": True, "max_loras": count, "max_lora_rank": _RANK}
+    if compressed:
+        more["worker_extension_cls"] = "spallm_serve.server.vllm_compat.SlotWorkerExtension"
     engine = LLM(
         model,
         dtype="bfloat16",
-        enforce_eager=True,
+        enforce_eager=bool(adapters),
         max_model_len=_PROMPT_TOKENS + tokens + 1,
         max_num_seqs=count,
-        enable_lora=True,
-        max_loras=count,
-        max_lora_rank=_RANK,
+        skip_tokenizer_init=not has_tokenizer(Path(model)),
         enable_prefix_caching=False,
-        **({"worker_extension_cls": extension} if compressed else {}),
+        **more,
     )
     requests = [
         LoRARequest(f"tenant/{number}@{number}", number + 1, path)
         for number, path in enumerate(adapters)
     ]
-    mixtures: dict[str, list[Any]] = {
-        "base_only": [None] * count, "distinct_tenants": requests,
-    }  # fmt: skip
+    mixtures: dict[str, list[Any]] = {"base_only": [None] * count}
+    if requests:
+        mixtures["distinct_tenants"] = requests
     seconds: dict[str, list[float]] = {name: [] for name in mixtures}
     for number in range(rounds + 1):
         for name, mixture in mixtures.items():
@@ -195,7 +211,7 @@ def run_engine(model: str, adapters: list[str], tokens: int, rounds: int) -> dic
 def _decode_seconds(engine: Any, mixture: list[Any], tokens: int) -> float:
     from vllm import SamplingParams
 
-    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True)
+    sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)
     prompts = [
         {"prompt_token_ids": [3 + (7 * number + place) % 100 for place in range(_PROMPT_TOKENS)]}
         for number in range(len(mixture))

