@@ -65,6 +65,7 @@ class SpallmQuantizer(HfQuantizer):  # type: ignore[misc]
         }
         found = base_digest(planes)
         check_digest(found, self.quantization_config.sketch, str(model.config._name_or_path))
+        _leave_files(model)
 
     def is_serializable(self) -> bool:
         """``save_pretrained`` writes codes and tables as they were read."""
@@ -74,6 +75,28 @@ class SpallmQuantizer(HfQuantizer):  # type: ignore[misc]
     def is_trainable(self) -> bool:
         """Adapters are trained by this project's own trainer, not through transformers' hooks."""
         return False
+
+
+def _leave_files(model: nn.Module) -> None:
+    """Copy everything but the linears' codes out of the mapped files.
+
+    The first product puts a layer's codes into the order of a kernel. Once nothing else lies in a
+    file it is unmapped, and codes are in memory once.
+    """
+    # New tensors, for the old ones are views, whose bases would stay; one for all that share it.
+    copies: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+    for module in model.modules():
+        both: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+        for held in both:
+            for name, tensor in held.items():
+                if tensor is None or (isinstance(module, SketchedLinear) and name == "codes"):
+                    continue
+                if id(tensor) not in copies:
+                    copy = tensor.detach().clone()
+                    if isinstance(tensor, nn.Parameter):
+                        copy = nn.Parameter(copy, requires_grad=tensor.requires_grad)
+                    copies[id(tensor)] = tensor, copy
+                held[name] = copies[id(tensor)][1]
 
 
 def _sketched_linear(
