@@ -64,8 +64,8 @@ def answers(
     return [list(each.outputs[0].token_ids) for each in found]
 
 
-VARIANTS = {
-    "llama": {},
+# Llama with biases and groups is below.
+VARIANTS: dict[str, dict[str, Any]] = {
     "llama-tied": {"embeddings": 4, "groups_per_row": 2},
     "qwen3": {"bits": 2},
     "gemma3": {"bits": 4, "embeddings": 4},
