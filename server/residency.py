@@ -49,6 +49,7 @@ class Residency:
         self._local_folder, self._call, self._seconds = local_folder, call, seconds
         self._found = found
         self._folders: dict[str, str] = {}
+        # Of folders, and of the names under which tenants know what is in them.
         self._users: Counter[str] = Counter()
         self._coming: dict[str, asyncio.Task[str]] = {}
         self._told: set[str] = set()
@@ -66,16 +67,17 @@ class Residency:
             yield
             return
         folder = str(await self._local(resolved))
-        self._users[folder] += 1
-        self._folders[resolved.engine_name] = folder
+        name = resolved.engine_name
+        self._users.update((folder, name))
+        self._folders[name] = folder
         try:
             await self._wait_for(resolved, folder)
             yield
         finally:
-            self._users[folder] -= 1
-            if not self._users[folder]:
-                del self._users[folder]
-                self._folders.pop(resolved.engine_name, None)
+            self._users.subtract((folder, name))
+            if not self._users[name]:
+                del self._folders[name]
+            self._users += Counter()  # forgets those that nobody uses
 
     async def pin(self, resolved: Resolved) -> None:
         """Have an adapter in a slot of its own from now on.

@@ -61,12 +61,13 @@ class ResidentAdapters:
         """
         self._host.let_go(let_go)
         future = self._host.keep(folder)
-        if self._book.slot_of(folder) is not None:
-            return IN_SLOT
         if not future.done():
+            # Also if it is in a slot: it may be put out of it before its turn.
             return LOADING
         problem = future.exception()
-        return IN_MEMORY if problem is None else str(problem)
+        if problem is not None:
+            return str(problem)
+        return IN_MEMORY if self._book.slot_of(folder) is None else IN_SLOT
 
     def load(self, folder: str) -> None:
         """Have an adapter in memory; waits.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import time
 from collections.abc import Iterator
@@ -11,6 +10,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_as_test
 
 from tests.server.engine_models import KINDS, greedy, make_adapter, make_base, oracle
 
@@ -176,18 +178,57 @@ def engine(request: pytest.FixtureRequest, base: Path, adapters: dict[str, Path]
 def test_any_mixture_answers_as_each_alone(
     engine: LLM, adapters: dict[str, Path], wanted: dict[tuple[str | None, int], list[int]]
 ) -> None:
-    """Base and adapters of all kinds in one batch, in random order, evicted and loaded anew."""
-    draw = random.Random(0)
-    for _ in range(12):
-        size = draw.randint(1, 8)
-        chosen = [draw.choice([None, *adapters]) for _ in range(size)]
-        prompts = [draw.randrange(len(PROMPTS)) for _ in range(size)]
-        found = answers(
-            engine,
-            [list(PROMPTS[number]) for number in prompts],
-            [request(adapters, name) for name in chosen],
-        )
-        assert found == [wanted[pair] for pair in zip(chosen, prompts, strict=True)]
+    """Base and adapters of all kinds in one batch, in any order, evicted, unloaded, loaded anew,
+    kept, let go; names that are moved from one to another."""
+    known = st.sampled_from([*adapters])
+    tenants = st.sampled_from("abc")
+    prompts = st.integers(0, len(PROMPTS) - 1)
+    asked = st.one_of(st.none(), known)
+
+    class Mixtures(RuleBasedStateMachine):
+        def __init__(self) -> None:
+            super().__init__()
+            self.released: dict[str, str] = {}
+
+        def ask(self, batch: list[tuple[str | None, int]]) -> None:
+            found = answers(
+                engine,
+                [list(PROMPTS[number]) for _, number in batch],
+                [request(adapters, name) for name, _ in batch],
+            )
+            assert found == [wanted[pair] for pair in batch]
+
+        @rule(batch=st.lists(st.tuples(asked, prompts), min_size=1, max_size=8))
+        def some(self, batch: list[tuple[str | None, int]]) -> None:
+            self.ask(batch)
+
+        @rule(tenant=tenants, name=known)
+        def release(self, tenant: str, name: str) -> None:
+            self.released[tenant] = name
+
+        @rule(batch=st.lists(st.tuples(tenants, prompts), min_size=1, max_size=8))
+        def by_what_was_released(self, batch: list[tuple[str, int]]) -> None:
+            self.ask([(self.released.get(tenant), number) for tenant, number in batch])
+
+        @rule(name=known)
+        def unload(self, name: str) -> None:
+            given = request(adapters, name)
+            assert given is not None
+            engine.llm_engine.remove_lora(given.lora_int_id)
+
+        @rule(name=known, let_go=st.lists(known, max_size=2))
+        def keep(self, name: str, let_go: list[str]) -> None:
+            others = [str(adapters[other]) for other in let_go if other != name]
+            assert _kept(engine, str(adapters[name]), others) in ("host", "slot")
+
+        def teardown(self) -> None:
+            first, *rest = map(str, adapters.values())
+            _kept(engine, first, rest)
+            engine.collective_rpc("spallm_keep", args=(rest[0], [first]))
+
+    run_state_machine_as_test(
+        Mixtures, settings=settings(max_examples=25, stateful_step_count=8, deadline=None)
+    )
 
 
 def test_an_answer_does_not_change_while_others_come_and_go(

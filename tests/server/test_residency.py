@@ -190,3 +190,19 @@ def test_pinning_says_why_it_cannot_be() -> None:
     assert [method for method, _ in workers.asked] == ["spallm_keep", "spallm_pin"]
     with pytest.raises(ApiError, match="always there"):
         run(lambda: workers.residency().unpin(BASE))
+
+
+def test_a_version_that_two_tenants_have_is_kept_for_both() -> None:
+    workers = Workers()
+    other = adapter().model_copy(update={"owner": "zoo", "engine_name": f"zoo/x@{DIGESTS['a']}"})
+
+    async def both() -> None:
+        residency = workers.residency()
+        async with residency.held(adapter()):
+            async with residency.held(other):
+                assert residency.folder(other.engine_name) == "/a"
+            assert residency.folder(other.engine_name) is None
+            assert residency.folder(adapter().engine_name) == "/a"
+
+    run(both)
+    assert len(workers.asked) == 1
