@@ -34,6 +34,7 @@ SERVED = {
     ("GET", "/v1/models/{model:path}", OURS + "models"),
     ("GET", "/v1/usage", OURS + "operations"),
     ("GET", "/v1/residency", OURS + "operations"),
+    ("POST", "/v1/residency", OURS + "operations"),
     ("GET", "/v1/adapters", OURS + "adapters"),
     ("POST", "/v1/adapters:validate", OURS + "adapters"),
     ("PUT", "/v1/adapters/{name:path}", OURS + "adapters"),
