@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import random
+import sqlite3
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.resources import as_file, files
@@ -145,12 +148,9 @@ def _set_up_sqlite(engine: Engine) -> None:
     def connected(connection: Any, record: object) -> None:
         # Transactions begin as `began` says, not when the driver thinks fit.
         connection.isolation_level = None
-        for pragma in (
-            f"busy_timeout = {_BUSY_MILLISECONDS}",
-            "journal_mode = WAL",
-            "synchronous = FULL",
-            "foreign_keys = ON",
-        ):
+        connection.execute(f"PRAGMA busy_timeout = {_BUSY_MILLISECONDS}")
+        _write_ahead(connection)
+        for pragma in ("synchronous = FULL", "foreign_keys = ON"):
             connection.execute(f"PRAGMA {pragma}")
 
     @event.listens_for(engine, "begin")
@@ -158,3 +158,21 @@ def _set_up_sqlite(engine: Engine) -> None:
         reads = connection.get_execution_options().get(_READS, False)
         # A write that began as a read could find that another has written meanwhile, and fail.
         connection.exec_driver_sql("BEGIN" if reads else "BEGIN IMMEDIATE")
+
+
+def _write_ahead(connection: Any) -> None:
+    """Have the file keep a write-ahead log.
+
+    Two that change a new file at once are in each other's way, and SQLite then fails at once
+    instead of waiting: each would wait for the other for ever.
+    """
+    deadline = time.monotonic() + _BUSY_MILLISECONDS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
+            if not busy or time.monotonic() > deadline:
+                raise
+        time.sleep(random.uniform(0.001, 0.02))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sqlite3
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,21 @@ def test_sqlite_is_set_up_to_last(tmp_path: Path) -> None:
         }
         assert pragmas == expected
     catalog.close()
+
+
+def test_many_open_a_new_file_at_once(tmp_path: Path) -> None:
+    """They change its journal at once, which SQLite refuses instead of waiting."""
+    for round_ in range(20):
+        url = f"sqlite:///{tmp_path / f'{round_}.db'}"
+        together = threading.Barrier(6)
+
+        def start(url: str = url, together: threading.Barrier = together) -> None:
+            together.wait(30)
+            Catalog(url).close()
+
+        with ThreadPoolExecutor(6) as pool:
+            for opening in [pool.submit(start) for _ in range(6)]:
+                opening.result()
 
 
 def test_a_catalogue_of_a_later_release(tmp_path: Path) -> None:
