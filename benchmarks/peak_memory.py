@@ -13,10 +13,10 @@ from typing import Any
 _PROGRAM = """
 import importlib, json, sys
 from pathlib import Path
-from spallm_serve.benchmarks.peak_memory import own_peak_rss
+from spallm_serve.heap import peak_resident_bytes
 module, name, arguments, found = sys.argv[1:]
 getattr(importlib.import_module(module), name)(**json.loads(arguments))
-Path(found).write_text(str(own_peak_rss()))
+Path(found).write_text(str(peak_resident_bytes()))
 """
 
 
@@ -38,16 +38,3 @@ def peak_rss(function: Callable[..., None], **arguments: Any) -> int:
         if finished.returncode:
             raise RuntimeError(f"{function.__name__}({arguments}) failed: {finished.returncode}")
         return int(Path(found.name).read_text())
-
-
-def own_peak_rss() -> int:
-    """Largest resident set of this process so far, in bytes."""
-    status = Path("/proc/self/status")
-    if status.is_file():
-        # Not getrusage: on Linux that remembers the parent's size from before the program began.
-        line = next(line for line in status.read_text().splitlines() if line.startswith("VmHWM"))
-        return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak * (1 if sys.platform == "darwin" else 1024)

@@ -22,8 +22,9 @@ from spallm_serve.errors import UserError
 from spallm_serve.models import load_model
 from spallm_serve.trainer.flops import BlockShape, block_shape, counted_flops, frozen_flops
 from spallm_serve.trainer.frozen import inputs_that_take_gradients
+from spallm_serve.trainer.gated_mlp import recompute_gated_products
 from spallm_serve.trainer.method import Batch, Method, WarmUp
-from spallm_serve.trainer.model import LossModel, freeze
+from spallm_serve.trainer.model import LossModel, freeze, prepare_codes
 from spallm_serve.trainer.run import make_method
 from spallm_serve.trainer.settings import parse_train_settings
 from spallm_serve.trainer.sparselora.layers import SparseAttention, SparseMlp
@@ -207,25 +208,32 @@ def real_batches(
 def kept_bytes(function: Callable[[], object], model: nn.Module) -> int:
     """Bytes of what a forward pass keeps for its backward pass, the model's own left out.
 
-    A storage that several operations keep counts once.
+    A storage that several operations keep counts once, with the bytes it has when the backward
+    pass begins.
     """
     own = {
         tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())
     }
-    held: dict[int, int] = {}
-    # Alive until the pass is over, or their addresses would be given to others.
+    # Alive until they are counted, or their addresses would be given to others.
     alive: list[Tensor] = []
+    total: list[int] = []
 
     def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            held[storage.data_ptr()] = storage.nbytes()
+        if not total and tensor.untyped_storage().data_ptr() not in own:
             alive.append(tensor.detach())
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    def unpack(tensor: Tensor) -> Tensor:
+        if not total:
+            storages = [kept.untyped_storage() for kept in alive]
+            held = {storage.data_ptr(): storage.nbytes() for storage in storages}
+            total.append(sum(held.values()))
+            alive.clear()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
         function()
-    return sum(held.values())
+    return total[0]
 
 
 def prepare(
@@ -251,12 +259,15 @@ def prepare(
         )
         lm = load_model(base, dtype)
         freeze(lm)
+        prepare_codes(lm)
         shape = block_shape(lm)
         model = LossModel(lm)
         warm_up = WarmUp(
             iter(batches[: method.warm_up_batches]), lambda batch: model(**batch)["loss"]
         )
         trained = method.prepare(lm, method.select(lm, warm_up))
+    if method_name != PEER:  # the peer as PEFT has it
+        recompute_gated_products(lm)
     model.train()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
     return Prepared(model, method, trained, optimizer, batches, shape)

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from spallm_serve.checkpoint import LayerFormat
 from spallm_serve.compressor.block_walk import BlockWalk, WaitingRoom
 from spallm_serve.compressor.drift import DriftAccumulator
-from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.hessian import HessianAccumulator, settle_dead_columns
 from spallm_serve.compressor.plan import PlannedLayer
 from spallm_serve.compressor.record import LayerRecord, TableSample, layer_record
@@ -23,6 +22,7 @@ from spallm_serve.compressor.sketching import (
     sketch_rows,
 )
 from spallm_serve.compressor.streaming import BlockInputs, InputGroup, group_by_input
+from spallm_serve.heap import return_freed_memory
 from spallm_serve.kernels.packing import SUPPORTED_BITS
 from spallm_serve.models import dematerialize, weight_of
 from spallm_serve.sketch import Sketch

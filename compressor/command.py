@@ -19,13 +19,13 @@ from rich.progress import (
 from rich.table import Table
 
 from spallm_serve.compressor.estimate import estimate_run
-from spallm_serve.compressor.heap import peak_resident_bytes
 from spallm_serve.compressor.pipeline import compress
 from spallm_serve.compressor.publish import REPORT_FILE
 from spallm_serve.compressor.record import CompressionRecord, LayerRecord
 from spallm_serve.compressor.run_directory import check_output
 from spallm_serve.compressor.settings import CompressSettings
 from spallm_serve.errors import UserError
+from spallm_serve.heap import peak_resident_bytes
 from spallm_serve.models import open_source
 
 _MIB = 1 << 20

@@ -26,7 +26,6 @@ from spallm_serve.compressor.block import (
 from spallm_serve.compressor.calibration import calibration_tokens
 from spallm_serve.compressor.embeddings import embedding_hessian, sketch_embedding
 from spallm_serve.compressor.estimate import output_sizes
-from spallm_serve.compressor.heap import return_freed_memory, return_large_blocks_at_once
 from spallm_serve.compressor.hessian import HessianAccumulator
 from spallm_serve.compressor.observer import Observer
 from spallm_serve.compressor.plan import make_plan, with_bits
@@ -49,6 +48,7 @@ from spallm_serve.compressor.streaming import (
     micro_batches,
 )
 from spallm_serve.errors import UserError
+from spallm_serve.heap import return_freed_memory, return_large_blocks_at_once
 from spallm_serve.models import (
     ModelSource,
     decoder_blocks,

@@ -23,12 +23,12 @@ from spallm_serve.checkpoint import (
     copy_companions,
     write_shards,
 )
-from spallm_serve.compressor.heap import return_freed_memory
 from spallm_serve.compressor.plan import CompressionPlan, PlannedLayer
 from spallm_serve.compressor.record import CompressionRecord, LayerRecord, TableSample
 from spallm_serve.compressor.report import write_report
 from spallm_serve.compressor.run_directory import RunDirectory
 from spallm_serve.compressor.settings import CompressSettings
+from spallm_serve.heap import return_freed_memory
 from spallm_serve.models import ModelSource, decoder_blocks, read_parameter
 from spallm_serve.sketch import base_digest
 

@@ -85,13 +85,20 @@ class SketchedLinear(_Sketched):
     def product(self, x: Tensor, tables: Tensor) -> Tensor:
         """What :meth:`forward` gives with other tables ``[out, groups, 2**bits]`` for the codes;
         differentiable in them."""
-        if self._prepared_for != x.dtype:
+        self.prepare(x.dtype)
+        return self.multiply(x, self.codes, tables, self.bias)
+
+    def prepare(self, dtype: torch.dtype) -> None:
+        """Put the codes into the order of the kernel for activations of a dtype, if they are not.
+
+        The first product does it; done before, a checkpoint's mapped files are gone by then.
+        """
+        if self._prepared_for != dtype:
             self._restore_planes()
             # What inference mode makes could not take part in training later.
             with torch.inference_mode(False):
-                self.codes = self.prepared_codes(x.dtype)
-            self._prepared_for = x.dtype
-        return self.multiply(x, self.codes, tables, self.bias)
+                self.codes = self.prepared_codes(dtype)
+            self._prepared_for = dtype
 
     def planes(self) -> Tensor:
         """The codes as bit-planes, uint8 ``[bits, out, ceil(in / 8)]``, as they are on disk."""

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from spallm_serve.examples import IGNORED
+from spallm_serve.layers import SketchedLinear
 
 
 class LossModel(nn.Module):
@@ -76,3 +77,14 @@ def freeze(model: nn.Module) -> None:
     """Let no parameter take a gradient."""
     for parameter in model.parameters():
         parameter.requires_grad_(False)
+
+
+def prepare_codes(model: PreTrainedModel) -> None:
+    """Put the codes of all compressed linears into the order of their kernels.
+
+    Left to the first step, they and the files they are mapped from would be in memory together
+    with its activations.
+    """
+    for module in model.modules():
+        if isinstance(module, SketchedLinear):
+            module.prepare(model.dtype)

@@ -17,9 +17,11 @@ from transformers import EarlyStoppingCallback, PreTrainedTokenizerBase, set_see
 from spallm_serve.adapter import Adapter, adapter_digest
 from spallm_serve.adapter_files import TENSOR_FILE, write_adapter
 from spallm_serve.batches import EndlessStream, ExampleStream, collate
+from spallm_serve.heap import return_large_blocks_at_once
 from spallm_serve.survey import DataSurvey, survey
 from spallm_serve.trainer.base import Base, open_base
 from spallm_serve.trainer.curves import curve_callbacks
+from spallm_serve.trainer.gated_mlp import recompute_gated_products
 from spallm_serve.trainer.loop import MethodTrainer, latest_checkpoint, training_arguments
 from spallm_serve.trainer.lut.method import Lut
 from spallm_serve.trainer.method import Batch, Method, WarmUp
@@ -80,6 +82,7 @@ def train(settings: TrainSettings, output: Path, *, resume: bool, console: Conso
     Raises:
         UserError: settings, data, base and output do not go together; says what to do.
     """
+    return_large_blocks_at_once()
     set_seed(settings.seed)
     device = _device(settings)
     processes = PartialState(cpu=device.type == "cpu")
@@ -131,6 +134,8 @@ def _train(
     if settings.checkpointing:
         # Not the reentrant form: it gives no gradients below inputs that need none.
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        recompute_gated_products(base.model)
     if isinstance(method, SparseLora):
         _say_savings(method, model, data, console)
     count = sum(parameter.numel() for parameter in trained.values())

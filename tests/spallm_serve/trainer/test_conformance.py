@@ -17,6 +17,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.models import load_model
 from spallm_serve.trainer.flops import block_shape, counted_flops, frozen_flops
+from spallm_serve.trainer.gated_mlp import recompute_gated_products
 from spallm_serve.trainer.lut.method import Lut, LutSettings
 from spallm_serve.trainer.method import Method, WarmUp
 from spallm_serve.trainer.model import LossModel, freeze
@@ -200,3 +201,27 @@ def test_the_flop_counter_equals_the_formula(name: str, base: Path) -> None:
     config = model.config
     frozen = frozen_flops(shape, config.num_hidden_layers, trained, given, config.vocab_size)
     assert counted == pytest.approx(frozen + method.added_flops(given), rel=0.03)
+
+
+@cases
+def test_products_made_again_change_no_bit(name: str, base: Path) -> None:
+    """The loss and gradients that autograd finds with all four inner tensors kept."""
+    kept = gradients(METHODS[name](), base, again=False)
+    made_again = gradients(METHODS[name](), base, again=True)
+    assert kept.keys() == made_again.keys()
+    for parameter, value in kept.items():
+        assert torch.equal(value, made_again[parameter]), parameter
+
+
+def gradients(method: Method, base: Path, *, again: bool) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    model, trained = prepared(method, base)
+    disturb(trained)
+    if again:
+        assert recompute_gated_products(model) == model.config.num_hidden_layers
+    model.train()
+    method.on_batch(batch(), share_done=1.0)
+    loss = LossModel(model)(**batch())["loss"]
+    loss.backward()
+    found = {key: parameter.grad for key, parameter in trained.items()}
+    return {"loss": loss.detach()} | {k: grad for k, grad in found.items() if grad is not None}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from spallm_serve.compressor.heap import peak_resident_bytes
+from spallm_serve.heap import peak_resident_bytes
 
 MIB = 1 << 20
 
@@ -23,9 +23,7 @@ def test_peak_is_what_was_held_and_given_back() -> None:
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="only Linux tells it apart")
 def test_a_parents_memory_is_not_counted() -> None:
     held = bytearray(b"x") * (400 * MIB)
-    program = (
-        "from spallm_serve.compressor.heap import peak_resident_bytes;print(peak_resident_bytes())"
-    )
+    program = "from spallm_serve.heap import peak_resident_bytes;print(peak_resident_bytes())"
     ran = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, check=True
     )
