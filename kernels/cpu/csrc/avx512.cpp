@@ -69,6 +69,16 @@ INLINE __m512i load_table(const char* table, int64_t group, Type type) {
   return spread<Bits>((__m256i)_mm512_cvtneps_pbh(values));
 }
 
+// The sums of the lanes of four registers, in their order.
+INLINE __m128 lane_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+  const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half =
+      _mm256_add_ps(_mm512_castps512_ps256(all), _mm512_extractf32x8_ps(all, 1));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 // Rows and tokens whose products are summed at a time; what a token's activations are loaded for.
 template <int Bits, int Rows, int Tokens, bool OneSlot>
 struct Tile {
@@ -114,75 +124,107 @@ struct Tile {
                                  : _mm512_setzero_si512();
     ((Steps < live ? multiply<Steps>(chunk, x, column) : void()), ...);
   }
+
+  // products[t * kRowBlock + r].
+  INLINE void put(float* products) const {
+    constexpr int kSums = Rows * Tokens;
+    const auto total = [&](int place) ALWAYS_INLINE {
+      if (place >= kSums) return _mm512_setzero_ps();
+      const __m512* chains = sums[place % Rows][place / Rows];
+      __m512 sum = chains[0];
+#pragma GCC unroll 4
+      for (int c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, chains[c]);
+      return sum;
+    };
+#pragma GCC unroll 4
+    for (int start = 0; start < kSums; start += 4) {
+      alignas(16) float four[4];
+      _mm_store_ps(four, lane_sums(total(start), total(start + 1), total(start + 2),
+                                   total(start + 3)));
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        if (start + k < kSums)
+          products[(start + k) / Rows * kRowBlock + (start + k) % Rows] = four[k];
+    }
+  }
 };
 
+// products[t * kRowBlock + r] of `rows` rows, Rows at a time; a rest is left out.
 template <int Bits, int Rows, int Tokens, bool OneSlot>
-void dot_tile(const Layout& layout, const uint8_t* codes, const char* const* tables, Type type,
-              const uint16_t* const* x, float* products) {
+void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char* const* tables,
+               Type type, const uint16_t* const* x, float* products) {
   constexpr int kSteps = kBlockSteps<Bits>;
   constexpr auto kEach = std::make_integer_sequence<int, kSteps>{};
   using Sums = Tile<Bits, Rows, Tokens, OneSlot>;
-  Sums tile;
-#pragma GCC unroll 2
-  for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 4
-      for (int c = 0; c < Sums::kChains; ++c) tile.sums[r][t][c] = _mm512_setzero_ps();
   const int64_t steps = layout.steps(), chunks = layout.chunks(), row_bytes = layout.row_bytes();
-  for (int64_t g = 0; g < layout.groups; ++g) {
+  const int64_t groups = layout.groups;
+  for (int row = 0; row + Rows <= rows; row += Rows, codes += Rows * row_bytes) {
+    // What the next block needs: the processor's own guess ends at every page.
+    const char* ahead = reinterpret_cast<const char*>(codes + rows * row_bytes);
+    for (int64_t at = 0; at < Rows * row_bytes; at += kChunk) _mm_prefetch(ahead + at, _MM_HINT_T0);
+    Sums tile;
 #pragma GCC unroll 2
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-      for (int t = 0; t < Sums::kTables; ++t)
-        tile.tables[r][t] = load_table<Bits>(tables[t], r * layout.groups + g, type);
-    const uint8_t* chunk = codes + g * chunks * kChunk;
-    int64_t step = 0;
-    for (; step + kSteps <= steps; step += kSteps, chunk += kBlockChunks<Bits> * kChunk)
-      tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep, kSteps, kEach);
-    if (step < steps)
-      tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep,
-                          static_cast<int>(steps - step), kEach);
-  }
-#pragma GCC unroll 2
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int t = 0; t < Tokens; ++t) {
-      __m512 total = tile.sums[r][t][0];
+      for (int t = 0; t < Tokens; ++t)
 #pragma GCC unroll 4
-      for (int c = 1; c < Sums::kChains; ++c) total = _mm512_add_ps(total, tile.sums[r][t][c]);
-      products[r * kMaxTokens + t] = _mm512_reduce_add_ps(total);
+        for (int c = 0; c < Sums::kChains; ++c) tile.sums[r][t][c] = _mm512_setzero_ps();
+    for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 2
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < Sums::kTables; ++t)
+          tile.tables[r][t] = load_table<Bits>(tables[t], (row + r) * groups + g, type);
+      const uint8_t* chunk = codes + g * chunks * kChunk;
+      int64_t step = 0;
+      for (; step + kSteps <= steps; step += kSteps, chunk += kBlockChunks<Bits> * kChunk)
+        tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep, kSteps, kEach);
+      if (step < steps)
+        tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep,
+                            static_cast<int>(steps - step), kEach);
     }
+    tile.put(products + row);
   }
 }
 
-using DotTile = void (*)(const Layout&, const uint8_t*, const char* const*, Type,
-                         const uint16_t* const*, float*);
+using DotTiles = void (*)(const Layout&, const uint8_t*, int, const char* const*, Type,
+                          const uint16_t* const*, float*);
 
 template <int Bits, int Rows, bool OneSlot, int... Counts>
-DotTile dot_for(int count, std::integer_sequence<int, Counts...>) {
-  static constexpr DotTile kFor[] = {dot_tile<Bits, Rows, Counts + 1, OneSlot>...};
+DotTiles dot_for(int count, std::integer_sequence<int, Counts...>) {
+  static constexpr DotTiles kFor[] = {dot_tiles<Bits, Rows, Counts + 1, OneSlot>...};
   return kFor[count - 1];
 }
 
+template <int Bits, int Rows>
+DotTiles dot_for(const Batch& batch) {
+  return batch.one_slot
+             ? dot_for<Bits, Rows, true>(batch.count, std::make_integer_sequence<int, kMaxTokens>{})
+             : dot_for<Bits, Rows, false>(batch.count, std::make_integer_sequence<int, kMaxSlots>{});
+}
+
 template <int Bits>
-DotTile dot_for(int rows, const Batch& batch) {
-  constexpr auto kTogether = std::make_integer_sequence<int, kMaxTokens>{};
-  constexpr auto kAlone = std::make_integer_sequence<int, kMaxSlots>{};
-  if (rows == 1)
-    return batch.one_slot ? dot_for<Bits, 1, true>(batch.count, kTogether)
-                          : dot_for<Bits, 1, false>(batch.count, kAlone);
-  return batch.one_slot ? dot_for<Bits, 2, true>(batch.count, kTogether)
-                        : dot_for<Bits, 2, false>(batch.count, kAlone);
+void dot_rows(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+              const char* const* tables, Type type, const uint16_t* const* x, float* products) {
+  // Few tokens wait for codes, not for products: one row after another is the order in which memory
+  // is fetched ahead. For more, a load of activations serves two rows.
+  const int pairs = batch.count < 3 ? 0 : rows / 2 * 2;
+  if (pairs > 0) dot_for<Bits, 2>(batch)(layout, codes, pairs, tables, type, x, products);
+  if (pairs == rows) return;
+  const char* rest[kMaxTokens];
+  const int64_t skipped = pairs * layout.groups * layout.entries() * (type == kFloat32 ? 4 : 2);
+  for (int t = 0; t < batch.count; ++t) rest[t] = tables[t] + skipped;
+  dot_for<Bits, 1>(batch)(layout, codes + pairs * layout.row_bytes(), rows - pairs, rest, type, x,
+                          products + pairs);
 }
 
 void dot_bfloat16(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
                   const char* const* tables, Type type, const uint16_t* const* x,
                   float* products) {
-  const DotTile dot = layout.bits == 2   ? dot_for<2>(rows, batch)
-                      : layout.bits == 3 ? dot_for<3>(rows, batch)
-                                         : dot_for<4>(rows, batch);
-  dot(layout, codes, tables, type, x, products);
+  const auto dot = layout.bits == 2   ? dot_rows<2>
+                   : layout.bits == 3 ? dot_rows<3>
+                                      : dot_rows<4>;
+  dot(layout, codes, rows, batch, tables, type, x, products);
 }
 
 // The 32 indices of a step as two registers of 16, in column order.

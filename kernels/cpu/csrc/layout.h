@@ -19,7 +19,8 @@ constexpr int64_t kStep = 32;
 constexpr int64_t kChunk = 64;
 constexpr int kMaxTokens = 8;  // of one slot that one pass over a row serves
 constexpr int kMaxSlots = 4;   // of different slots: their tables take registers too
-constexpr int kMaxRows = 2;    // that one load of activations serves
+// Rows that are done for one batch of tokens before the next: their codes stay in the first cache.
+constexpr int kRowBlock = 8;
 
 enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
 
@@ -61,8 +62,8 @@ struct Batch {
 struct Kernels {
   const char* name;
 
-  // products[r * kMaxTokens + t] of one or two successive rows with a batch of bfloat16 tokens; null
-  // where there is no bfloat16 arithmetic.
+  // products[t * kRowBlock + r] of up to kRowBlock successive rows with a batch of bfloat16 tokens;
+  // null where there is no bfloat16 arithmetic.
   //   tables: for each token the first row's tables in `type`; x: for each token its padded row.
   void (*dot_bfloat16)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
                        const char* const* tables, Type type, const uint16_t* const* x,

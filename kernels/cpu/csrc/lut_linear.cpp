@@ -17,8 +17,6 @@ namespace {
 
 // Below so many products a second thread costs more than it saves.
 constexpr int64_t kProductsPerThread = 1 << 19;
-// Rows that are done for one batch of tokens before the next: their codes stay in the first cache.
-constexpr int64_t kRowBlock = 8;
 
 // Memory that grows and is kept, aligned for full cache lines.
 class Scratch {
@@ -119,10 +117,19 @@ struct Output {
   Type bias_type;
   int64_t rows;
 
-  void put(const Batch& batch, int64_t row, const float* products) const {
-    const float added = bias == nullptr ? 0.0f : load(bias, row, bias_type);
-    for (int t = 0; t < batch.count; ++t)
-      store(y, batch.token[t] * rows + row, type, products[t] + added);
+  // products[t * kRowBlock + r] of `count` rows.
+  void put(const Batch& batch, int64_t row, int count, const float* products) const {
+    float added[kRowBlock] = {};
+    for (int r = 0; bias != nullptr && r < count; ++r) added[r] = load(bias, row + r, bias_type);
+    for (int t = 0; t < batch.count; ++t, products += kRowBlock) {
+      const int64_t first = batch.token[t] * rows + row;
+      if (type == kBfloat16) {  // a loop of its own: the compiler makes vectors of it
+        uint16_t* at = reinterpret_cast<uint16_t*>(y) + first;
+        for (int r = 0; r < count; ++r) at[r] = to_bfloat16(products[r] + added[r]);
+      } else {
+        for (int r = 0; r < count; ++r) store(y, first + r, type, products[r] + added[r]);
+      }
+    }
   }
 };
 
@@ -150,7 +157,7 @@ void row_float32(const Kernels& with, const Layout& layout, const uint8_t* codes
       load_floats(batch.tables[t] + table_offset, table_type, entries, tables);
       with.decode_float32(layout, codes, tables, weights, layout.steps() * kStep);
     }
-    products[t] = with.dot_float32(
+    products[t * kRowBlock] = with.dot_float32(
         weights, reinterpret_cast<const float*>(x) + batch.token[t] * layout.padded(),
         layout.padded());
   }
@@ -211,24 +218,19 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * tokens, blocks))
   for (int64_t block = 0; block < blocks; ++block) {
     thread_local Scratch weights;
-    const int64_t stop = std::min(rows, (block + 1) * kRowBlock);
+    const int64_t row = block * kRowBlock;
+    const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - row));
+    const uint8_t* at = codes + row * layout.row_bytes();
     for (int64_t b = 0; b < n_batches; ++b) {
-      for (int64_t row = block * kRowBlock, step = 1; row < stop; row += step) {
-        const uint8_t* at = codes + row * layout.row_bytes();
-        float products[kMaxRows * kMaxTokens];
-        if (in_bfloat16) {
-          // Few tokens wait for codes, not for products: one row after another is the order in
-          // which memory is fetched ahead.
-          const int64_t together = batch[b].count < 3 ? 1 : kMaxRows;
-          step = std::min(together, stop - row);
-          rows_bfloat16(with, layout, at, static_cast<int>(step), batch[b], row * row_table, stored,
-                        values, products);
-        } else {
-          row_float32(with, layout, at, batch[b], row * row_table, stored, values, products,
-                      weights);
-        }
-        for (int r = 0; r < step; ++r) output.put(batch[b], row + r, products + r * kMaxTokens);
+      float products[kMaxTokens * kRowBlock];
+      if (in_bfloat16) {
+        rows_bfloat16(with, layout, at, count, batch[b], row * row_table, stored, values, products);
+      } else {
+        for (int r = 0; r < count; ++r)
+          row_float32(with, layout, at + r * layout.row_bytes(), batch[b], (row + r) * row_table,
+                      stored, values, products + r, weights);
       }
+      output.put(batch[b], row, count, products);
     }
   }
   return -1;
