@@ -29,6 +29,8 @@ from spallm_serve.benchmarks.weights import weights_record
 _NAME = "spallm"
 # The tiers are told apart by adapters that take turns.
 _FEWEST_ADAPTERS = 2
+# Tokens of a prompt that a step reads, where answers of others are to come evenly.
+_PROMPT_CHUNK = 8
 
 
 def serve_records(
@@ -61,6 +63,13 @@ def serve_records(
             yield from swap_records(
                 process.url, tenants, adapters[0], asking, plan.requests, plan.tokens, plan.rounds
             )
+        chunk = ["--long-prefill-token-threshold", _PROMPT_CHUNK]
+        with our_server(base, store, plan.slots, [*flags, *chunk]) as process:
+            run_load(process.url, [asking.of(tenants.base)], 1, plan.tokens)  # warms up
+            yield from swap_records(
+                process.url, tenants, adapters[0], asking, plan.requests, plan.tokens, plan.rounds,
+                _PROMPT_CHUNK,
+            )  # fmt: skip
         yield from tier_records(base, store, tenants, asking, flags, plan.tokens)
         if peers:
             yield from peer_records(model, vocabulary, run, plan, ours)

@@ -1,7 +1,7 @@
-"""A tenant that uploads new versions of its adapter and asks each, until it is told to end.
+"""A tenant that asks its adapter again and again, each time a new version of it or always the same.
 
-A program: it reads what to do as a line of JSON, writes a line when its first swap is done, and
-after SIGTERM the number of swaps.
+A program: it reads what to do as a line of JSON, writes a line when it has been answered for the
+first time, and after SIGTERM the number of answers.
 """
 
 from __future__ import annotations
@@ -27,9 +27,10 @@ def version(tensors: bytes, number: int) -> bytes:
 
 
 def move(
-    url: str, model: str, key: str, prompt: list[int], adapter: str, first: int, tokens: int
-) -> int:
-    """Upload and ask until SIGTERM; the number of swaps.
+    url: str, model: str, key: str, prompt: list[int], adapter: str, first: int, tokens: int,
+    uploads: bool,
+) -> int:  # fmt: skip
+    """Upload and ask until SIGTERM; the number of answers.
 
     Args:
         url: of our server.
@@ -39,6 +40,7 @@ def move(
         adapter: directory of which versions are made.
         first: number of the first version.
         tokens: of each answer.
+        uploads: a new version before each request; else only one, before the first.
 
     Raises:
         UserError: an upload or a request failed.
@@ -50,7 +52,8 @@ def move(
     for number in itertools.count():
         if ended:
             return number
-        upload(url, target, config, version(tensors, first + number))
+        if uploads or number == 0:
+            upload(url, target, config, version(tensors, first + number))
         run_load(url, [Ask(target, prompt)], 1, tokens)
         if number == 0:
             print("begun", flush=True)

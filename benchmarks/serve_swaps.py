@@ -1,4 +1,4 @@
-"""One tenant's stream alone, and while another uploads versions and asks for them in a loop.
+"""One tenant's stream alone, and while another asks in a loop, with and without new versions.
 
 The other tenant is a process of its own, so that its work does not delay the clock of the stream.
 """
@@ -23,13 +23,18 @@ from spallm_serve.errors import UserError
 
 # Versions that a round may have; the next round's numbers begin behind them.
 _ROUND = 100_000
+_ALONE, _ASKS, _SWAPS = "alone", "another tenant asks", "another tenant swaps"
 
 
 def swap_records(
     url: str, tenants: Tenants, adapter: Path, asking: Asking, requests: int, tokens: int,
-    rounds: int,
+    rounds: int, prompt_chunk: int | None = None,
 ) -> Iterator[Record]:  # fmt: skip
-    """The 99th percentile of the gaps between a stream's tokens, in both situations.
+    """The 99th percentile of the gaps between a stream's tokens: alone, and beside another tenant.
+
+    The other asks its adapter all the time, and either uploads a new version for each request or
+    does not. What swaps cost is the difference of these two; what the other's prompts and tokens
+    cost, which share the stream's steps, is the rest.
 
     Args:
         url: of our server.
@@ -38,10 +43,10 @@ def swap_records(
         asking: makes the requests.
         requests: of the stream in each round, one after another.
         tokens: of each answer.
-        rounds: of both situations, in turns.
+        rounds: of all situations, in turns.
+        prompt_chunk: tokens of a prompt that the server reads in a step; None for all.
     """
-    alone: list[Load] = []
-    beside: list[Load] = []
+    loads: dict[str, list[Load]] = {_ALONE: [], _ASKS: [], _SWAPS: []}
     swaps = 0
 
     def stream() -> Load:
@@ -49,31 +54,38 @@ def swap_records(
         return run_load(url, asks, 1, tokens)
 
     for number in range(rounds):
-        alone.append(stream())
-        first = number * _ROUND
-        with _mover(url, asking.of(tenants.mover), adapter, first, tokens) as count:
-            beside.append(stream())
-        swaps += count()
-    ratios = [_p99(both) / _p99(one) for both, one in zip(beside, alone, strict=True)]
-    for situation, loads in (("alone", alone), ("another tenant swaps", beside)):
-        found = [_p99(load) for load in loads]
+        loads[_ALONE].append(stream())
+        for situation, uploads in ((_ASKS, False), (_SWAPS, True)):
+            first = (2 * number + uploads) * _ROUND
+            ask = asking.of(tenants.mover)
+            with _mover(url, ask, adapter, first, tokens, uploads=uploads) as count:
+                loads[situation].append(stream())
+            swaps += count() if uploads else 0
+    server: dict[str, str | int | float | bool | None] = {"server": "spallm", "concurrency": 1}
+    if prompt_chunk is not None:
+        server["prompt_chunk"] = prompt_chunk
+    for situation, found in loads.items():
+        rates = [_p99(load) for load in found]
         yield Record(
             bench="serve",
-            case={"server": "spallm", "concurrency": 1, "stream": situation},
+            case=server | {"stream": situation},
             metric="inter_token_p99_s",
-            ours=round(latencies([each for load in loads for each in load.streams]).gap_p99_s, 5),
+            ours=round(latencies([each for load in found for each in load.streams]).gap_p99_s, 5),
             runs=rounds,
-            spread=(round(min(found), 5), round(max(found), 5)),
+            spread=(round(min(rates), 5), round(max(rates), 5)),
         )
-    seconds = sum(load.seconds for load in beside)
-    yield Record(
-        bench="serve",
-        case={"server": "spallm", "concurrency": 1, "swaps_per_s": round(swaps / seconds, 3)},
-        metric="inter_token_p99_while_swapping_over_alone",
-        ours=round(statistics.median(ratios), 3),
-        runs=rounds,
-        spread=(round(min(ratios), 3), round(max(ratios), 3)),
-    )
+    seconds = sum(load.seconds for load in loads[_SWAPS])
+    for situation in (_ALONE, _ASKS):
+        pairs = zip(loads[_SWAPS], loads[situation], strict=True)
+        ratios = [_p99(swapping) / _p99(other) for swapping, other in pairs]
+        yield Record(
+            bench="serve",
+            case=server | {"swaps_per_s": round(swaps / seconds, 3), "over": situation},
+            metric="inter_token_p99_while_swapping_over",
+            ours=round(statistics.median(ratios), 3),
+            runs=rounds,
+            spread=(round(min(ratios), 3), round(max(ratios), 3)),
+        )
 
 
 def _p99(load: Load) -> float:
@@ -82,12 +94,13 @@ def _p99(load: Load) -> float:
 
 @contextlib.contextmanager
 def _mover(
-    url: str, ask: Ask, adapter: Path, first: int, tokens: int
+    url: str, ask: Ask, adapter: Path, first: int, tokens: int, *, uploads: bool
 ) -> Iterator[Callable[[], int]]:
-    """The other tenant, from its first swap on; afterwards one can ask how many it has done."""
+    """The other tenant, from its first answer on; afterwards one can ask how many it has had."""
     told = {
         "url": url, "model": ask.target.model, "key": ask.target.key, "prompt": ask.prompt,
         "adapter": str(adapter), "first": first, "tokens": tokens,
+        "uploads": uploads,
     }  # fmt: skip
     done: list[int] = []
     with tempfile.TemporaryFile("w+") as problems:
@@ -101,12 +114,12 @@ def _mover(
             # Not as an argument: everybody may read those, and there is a key in it.
             process.stdin.write(json.dumps(told) + "\n")
             process.stdin.flush()
-            process.stdout.readline()  # the first swap is done, or it failed
+            process.stdout.readline()  # the first answer is there, or it failed
             yield lambda: done[0]
         finally:
             process.terminate()
             said = process.communicate()[0]
         if process.returncode:
             problems.seek(0)
-            raise UserError(f"the tenant that swaps failed: {problems.read()[-1000:]}")
+            raise UserError(f"the other tenant failed: {problems.read()[-1000:]}")
         done.append(int(said))

@@ -11,6 +11,7 @@ from spallm_serve.benchmarks.model import write_random_llama
 from spallm_serve.benchmarks.peak_memory import peak_rss
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.training import PEER, Variant
+from spallm_serve.heap import return_large_blocks_at_once
 
 _MIB = 1 << 20
 _STEPS = 3
@@ -83,6 +84,8 @@ def train_on_random_tokens(
 ) -> None:
     """A few steps of a method on a base, activations in bfloat16.
 
+    Freed activations go back to the system for the peer too, which PEFT would not do.
+
     Args:
         base: a model directory.
         method: a key of ``tuning.METHODS``.
@@ -93,6 +96,7 @@ def train_on_random_tokens(
 
     from spallm_serve.benchmarks.training import prepare
 
+    return_large_blocks_at_once()
     torch.set_float32_matmul_precision("medium")
     ids = torch.randint(3, 32000, (rows, length), generator=torch.manual_seed(0))
     labels = ids.clone()

@@ -230,13 +230,14 @@ def test_a_stream_is_timed_alone_and_while_another_tenant_swaps(
     tenants = Tenants(Target("base"), [Target("tuned", KEY)], Target("tuned", "mover"), "admin")
     asking = Asking(tenants.base, tenants.adapters, 200)
     records = list(swap_records(url, tenants, tmp_path, asking, requests=2, tokens=3, rounds=1))
-    alone, beside, ratio = records
-    assert alone.ours and beside.ours and ratio.ours
-    assert ratio.ours == pytest.approx(beside.ours / alone.ours, rel=0.01)
-    swaps = [asked for asked in state.asked if asked[1] == "Bearer mover"]
-    assert len(swaps) == len(state.uploads) >= 2
+    alone, asks, swaps, over_alone, over_asks = records
+    assert alone.ours and asks.ours and swaps.ours
+    assert over_alone.ours == pytest.approx(swaps.ours / alone.ours, rel=0.01)
+    assert over_asks.ours == pytest.approx(swaps.ours / asks.ours, rel=0.01)
+    asked = [each for each in state.asked if each[1] == "Bearer mover"]
+    assert len(asked) > len(state.uploads) >= 3, "one that only asks uploads once"
     assert len(set(state.uploads)) == len(state.uploads)
-    assert ratio.case["swaps_per_s"]
+    assert over_alone.case["swaps_per_s"]
 
 
 def test_weights_count_codes_and_tables_and_no_estimators(tmp_path: Path) -> None:

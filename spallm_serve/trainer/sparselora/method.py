@@ -97,7 +97,8 @@ class SparseLora(Method):
     def on_batch(self, batch: Batch, share_done: float) -> None:
         """Tell the sparse layers which tokens are context; none in the first steps."""
         self._current.split = None
-        if share_done >= self._settings.start and not self._plan.is_dense:
+        sparse = self._settings.start <= share_done < 1 - self._settings.end
+        if sparse and not self._plan.is_dense:
             here = {name: tensor.to(self._device) for name, tensor in batch.items()}
             self._current.split = split_batch(here)
 

@@ -38,6 +38,9 @@ class SparseLoraSettings(BaseModel):
     start: float = Field(
         default=0.05, ge=0, le=0.1, description="first share of the steps, in which all is dense"
     )
+    end: float = Field(
+        default=0.0, ge=0, le=0.5, description="last share of the steps, in which all is dense"
+    )
     context_attn_backward: Literal["exact", "stop"] = Field(
         default="exact",
         description="stop: context tokens pass gradients of q, k, v and o only through the LoRA, "
