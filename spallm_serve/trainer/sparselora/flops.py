@@ -39,7 +39,7 @@ def predicted_share(
     shape: BlockShape,
     plan: SparsityPlan,
     context_share: float,
-    start: float,
+    dense_steps: float,
     lora_per_token: float = 0.0,
 ) -> float:
     """Operations of a SparseLoRA run in its blocks as a share of the same run with LoRA.
@@ -50,7 +50,7 @@ def predicted_share(
         shape: of the blocks.
         plan: how sparse each is.
         context_share: c, the share of the tokens that is context.
-        start: the share of the steps that is dense.
+        dense_steps: the share of the steps that is dense.
         lora_per_token: operations a token takes in the LoRAs of all blocks.
     """
     dense = len(plan.mlp) * base_flops(shape) + lora_per_token
@@ -59,4 +59,4 @@ def predicted_share(
         for mlp, attention in zip(plan.mlp, plan.self_attn, strict=True)
     )
     sparse = (1 - context_share) * dense + context_share * context
-    return start + (1 - start) * sparse / dense
+    return dense_steps + (1 - dense_steps) * sparse / dense

@@ -26,13 +26,15 @@ from spallm_serve.trainer.sparselora.settings import MLP_LINEARS, SparseLoraSett
 from spallm_serve.trainer.sparselora.tokens import CurrentBatch, context_share, split_batch
 
 _SENSITIVITY_BATCHES = 1
+# A share of the steps at which no settings are dense.
+_ALWAYS_SPARSE = 0.5
 
 
 class SparseLora(Method):
     """LoRA whose frozen base computes few channels for context tokens while it is trained.
 
-    What comes out is a plain LoRA. For outputs, in the first steps and in evaluation the base is
-    dense.
+    What comes out is a plain LoRA. The base is dense for outputs, in the first and the last steps
+    and in evaluation.
 
     Args:
         settings: what the user chose.
@@ -95,7 +97,7 @@ class SparseLora(Method):
         return self._lora.parameters()
 
     def on_batch(self, batch: Batch, share_done: float) -> None:
-        """Tell the sparse layers which tokens are context; none in the first steps."""
+        """Tell the sparse layers which tokens are context; none in the first and last steps."""
         self._current.split = None
         sparse = self._settings.start <= share_done < 1 - self._settings.end
         if sparse and not self._plan.is_dense:
@@ -125,9 +127,8 @@ class SparseLora(Method):
         Args:
             context_share: of the data's tokens, as :func:`tokens.context_share` counts them.
         """
-        return predict_savings(
-            self._shape, self._plan, context_share, self._settings.start, self._lora.flops()
-        )
+        dense = self._settings.start + self._settings.end
+        return predict_savings(self._shape, self._plan, context_share, dense, self._lora.flops())
 
     def measured_share(self, batch: Batch, step: Callable[[], object]) -> float:
         """Operations of a step, all of the model's, as a share of the same with plain LoRA.
@@ -138,7 +139,7 @@ class SparseLora(Method):
         """
         self._current.split = None
         dense = counted_flops(step)
-        self.on_batch(batch, 1.0)
+        self.on_batch(batch, _ALWAYS_SPARSE)
         return counted_flops(step) / dense
 
     def _factors(self, sites: Sequence[Site]) -> dict[str, Factors]:

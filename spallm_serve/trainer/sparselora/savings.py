@@ -17,7 +17,7 @@ def predict_savings(
     shape: BlockShape | None,
     plan: SparsityPlan,
     context_share: float,
-    start: float,
+    dense_steps: float,
     lora_per_token: int,
 ) -> Savings:
     """A run's operations in the decoder blocks as a share of LoRA's, and whether that can pay.
@@ -26,12 +26,12 @@ def predict_savings(
         shape: of the blocks; None where they are of another architecture.
         plan: how sparse each is.
         context_share: of the data's tokens.
-        start: share of the steps that is dense.
+        dense_steps: share of the steps that is dense.
         lora_per_token: operations a token takes in all LoRAs.
     """
     if shape is None or plan.is_dense:
         return Savings(1.0, "no layer is sparse: this is plain LoRA")
-    share = predicted_share(shape, plan, context_share, start, lora_per_token)
+    share = predicted_share(shape, plan, context_share, dense_steps, lora_per_token)
     found = f"{share:.0%} of LoRA's operations in the decoder blocks"
     context = f"{context_share:.0%} of the tokens are context"
     sparse = f"{_count(plan.mlp)} MLPs and {_count(plan.self_attn)} attentions sparse"
@@ -40,7 +40,7 @@ def predict_savings(
         return Savings(share, f"cannot pay, use plain LoRA: {found}, but {reason}")
     if share < BREAK_EVEN:
         return Savings(share, f"{found}: {context}, {sparse}")
-    best = predicted_share(shape, plan, 1.0, start, lora_per_token)
+    best = predicted_share(shape, plan, 1.0, dense_steps, lora_per_token)
     reason = (
         f"too little is sparse ({sparse})"
         if best >= BREAK_EVEN

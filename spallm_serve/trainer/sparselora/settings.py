@@ -39,7 +39,11 @@ class SparseLoraSettings(BaseModel):
         default=0.05, ge=0, le=0.1, description="first share of the steps, in which all is dense"
     )
     end: float = Field(
-        default=0.0, ge=0, le=0.5, description="last share of the steps, in which all is dense"
+        default=0.2,
+        ge=0,
+        lt=0.5,
+        description="last share of the steps, in which all is dense again; the paper has none. "
+        "What the LoRA has learnt beside a sparse base then settles on the base it will be used on",
     )
     context_attn_backward: Literal["exact", "stop"] = Field(
         default="exact",

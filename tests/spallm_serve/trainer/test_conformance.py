@@ -220,7 +220,7 @@ def gradients(method: Method, base: Path, *, again: bool) -> dict[str, Tensor]:
     if again:
         assert recompute_gated_products(model) == model.config.num_hidden_layers
     model.train()
-    method.on_batch(batch(), share_done=1.0)
+    method.on_batch(batch(), share_done=0.5)
     loss = LossModel(model)(**batch())["loss"]
     loss.backward()
     found = {key: parameter.grad for key, parameter in trained.items()}

@@ -149,19 +149,21 @@ def test_evaluation_is_dense(base: str) -> None:
     torch.testing.assert_close(run(sparse, batch), run(plain, batch), rtol=0, atol=1e-6)
 
 
-def test_training_is_dense_before_the_start() -> None:
+def test_training_is_dense_before_the_start_and_at_the_end() -> None:
     batch = make_batch()
     plain, sparse = tiny("grouped").train(), tiny("grouped").train()
     _, wanted = prepared(plain, sparsity="none")
-    method, found = prepared(sparse, start=0.05)
-    method.on_batch(batch, 0.0499)
-    loss_of(plain, batch).backward()
-    loss_of(sparse, batch).backward()
-    for name, parameter in found.items():
-        torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-5, atol=1e-6)
-    method.on_batch(batch, 0.05)
-    before = loss_of(plain, batch)
-    assert not torch.allclose(loss_of(sparse, batch), before, atol=1e-4)
+    method, found = prepared(sparse, start=0.05, end=0.25)
+    for share_done in (0.0499, 0.75, 1.0):
+        method.on_batch(batch, share_done)
+        for model in (plain, sparse):
+            model.zero_grad()
+            loss_of(model, batch).backward()
+        for name, parameter in found.items():
+            torch.testing.assert_close(parameter.grad, wanted[name].grad, rtol=1e-5, atol=1e-6)
+    for share_done in (0.05, 0.7499):
+        method.on_batch(batch, share_done)
+        assert not torch.allclose(loss_of(sparse, batch), loss_of(plain, batch), atol=1e-4)
 
 
 def test_a_batch_of_outputs_only_is_dense() -> None:
