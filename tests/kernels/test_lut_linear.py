@@ -136,6 +136,36 @@ def test_is_the_dense_product(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     check()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", ["cpu-scalar", "cpu-avx2", "cpu-avx512"])
+def test_a_token_does_not_see_who_it_is_with(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone and in any mixture of slots it has the same output, to the bit."""
+    force(monkeypatch, name)
+
+    @settings(deadline=None, max_examples=60)
+    @given(data=st.data())
+    def check(data: st.DataObject) -> None:
+        bits, rows = data.draw(st.sampled_from([2, 3, 4])), data.draw(st.integers(1, 20))
+        half = data.draw(st.one_of(st.integers(1, 70), st.sampled_from([288, 550])))
+        tokens = data.draw(st.integers(1, cpu_backend.BLAS_TOKENS - 1))
+        # Both halves of a sum cancel: what is left is rounding, which the order decides.
+        codes = torch.randint(0, 1 << bits, (rows, half), dtype=torch.uint8).repeat(1, 2)
+        x = torch.randn(tokens, half)
+        x = torch.cat([x, -x], dim=1).to(dtype)
+        tables = torch.randn(9, rows, 1, 1 << bits).half()
+        slots = torch.randint(0, data.draw(st.integers(1, 9)), (tokens,), dtype=torch.int32)
+        planes = prepare_codes(pack_codes(codes, bits), 2 * half, 1, dtype)
+        together = lut_linear(x, planes, tables, slots)
+        first = data.draw(st.integers(0, tokens - 1))
+        for count in (1, data.draw(st.integers(1, tokens - first))):
+            part = slice(first, first + count)
+            assert torch.equal(lut_linear(x[part], planes, tables, slots[part]), together[part])
+
+    check()
+
+
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_every_code_of_every_lane(bits: int, backend: str) -> None:
     """Each column in turn holds each code, the top one too, while the others hold another."""

@@ -79,21 +79,20 @@ INLINE __m128 lane_sums(__m512 a, __m512 b, __m512 c, __m512 d) {
   return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
 
-// Rows and tokens whose products are summed at a time; what a token's activations are loaded for.
+// Rows and tokens whose products are summed at a time. One load of a token's activations serves all
+// of the rows; an output has one sum, in the order of the steps.
 template <int Bits, int Rows, int Tokens, bool OneSlot>
 struct Tile {
   static constexpr int kTables = OneSlot ? 1 : Tokens;
-  // A product takes about four cycles; that many must be under way at a time.
-  static constexpr int kChains = Rows * Tokens == 1 ? 4 : Rows * Tokens <= 3 ? 2 : 1;
 
   __m512i tables[Rows][kTables];
-  __m512 sums[Rows][Tokens][kChains];
+  __m512 sums[Rows][Tokens];
 
   template <int Step>
   INLINE void multiply(const __m512i (*chunk)[kBlockChunks<Bits>], const uint16_t* const* x,
                        int64_t column) {
     __m512i at[Rows], weights[Rows];
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
       at[r] = index<Bits, Step>(chunk[r]);
       weights[r] = look_up<Bits>(at[r], tables[r][0]);
@@ -101,11 +100,10 @@ struct Tile {
 #pragma GCC unroll 8
     for (int t = 0; t < Tokens; ++t) {
       const __m512bh values = (__m512bh)_mm512_loadu_si512(x[t] + column + Step * kStep);
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r) {
         if (!OneSlot && t > 0) weights[r] = look_up<Bits>(at[r], tables[r][t]);
-        __m512& sum = sums[r][t][Step % kChains];
-        sum = _mm512_dpbf16_ps(sum, values, (__m512bh)weights[r]);
+        sums[r][t] = _mm512_dpbf16_ps(sums[r][t], values, (__m512bh)weights[r]);
       }
     }
   }
@@ -116,7 +114,7 @@ struct Tile {
                              int64_t column, int live, std::integer_sequence<int, Steps...>) {
     __m512i chunk[Rows][kBlockChunks<Bits>];
     const int chunks = Bits == 3 ? (3 * live + 15) / 16 : 1;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 3
       for (int c = 0; c < kBlockChunks<Bits>; ++c)
@@ -129,12 +127,7 @@ struct Tile {
   INLINE void put(float* products) const {
     constexpr int kSums = Rows * Tokens;
     const auto total = [&](int place) ALWAYS_INLINE {
-      if (place >= kSums) return _mm512_setzero_ps();
-      const __m512* chains = sums[place % Rows][place / Rows];
-      __m512 sum = chains[0];
-#pragma GCC unroll 4
-      for (int c = 1; c < kChains; ++c) sum = _mm512_add_ps(sum, chains[c]);
-      return sum;
+      return place < kSums ? sums[place % Rows][place / Rows] : _mm512_setzero_ps();
     };
 #pragma GCC unroll 4
     for (int start = 0; start < kSums; start += 4) {
@@ -163,14 +156,12 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
     const char* ahead = reinterpret_cast<const char*>(codes + rows * row_bytes);
     for (int64_t at = 0; at < Rows * row_bytes; at += kChunk) _mm_prefetch(ahead + at, _MM_HINT_T0);
     Sums tile;
-#pragma GCC unroll 2
+#pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t)
-#pragma GCC unroll 4
-        for (int c = 0; c < Sums::kChains; ++c) tile.sums[r][t][c] = _mm512_setzero_ps();
+      for (int t = 0; t < Tokens; ++t) tile.sums[r][t] = _mm512_setzero_ps();
     for (int64_t g = 0; g < groups; ++g) {
-#pragma GCC unroll 2
+#pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
         for (int t = 0; t < Sums::kTables; ++t)
@@ -196,26 +187,30 @@ DotTiles dot_for(int count, std::integer_sequence<int, Counts...>) {
   return kFor[count - 1];
 }
 
-template <int Bits, int Rows>
+template <int Bits, int Rows, int MaxTokens, int MaxSlots>
 DotTiles dot_for(const Batch& batch) {
   return batch.one_slot
-             ? dot_for<Bits, Rows, true>(batch.count, std::make_integer_sequence<int, kMaxTokens>{})
-             : dot_for<Bits, Rows, false>(batch.count, std::make_integer_sequence<int, kMaxSlots>{});
+             ? dot_for<Bits, Rows, true>(batch.count, std::make_integer_sequence<int, MaxTokens>{})
+             : dot_for<Bits, Rows, false>(batch.count, std::make_integer_sequence<int, MaxSlots>{});
 }
 
 template <int Bits>
 void dot_rows(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
               const char* const* tables, Type type, const uint16_t* const* x, float* products) {
-  // Few tokens wait for codes, not for products: one row after another is the order in which memory
-  // is fetched ahead. For more, a load of activations serves two rows.
-  const int pairs = batch.count < 3 ? 0 : rows / 2 * 2;
-  if (pairs > 0) dot_for<Bits, 2>(batch)(layout, codes, pairs, tables, type, x, products);
-  if (pairs == rows) return;
+  // A product waits for the one before in the same sum, so several sums have to be under way. They
+  // are those of several rows and never parts of one: an output does not depend on what other
+  // tokens are there.
+  const bool few = batch.count < 3;
+  const int together = few ? 4 : 2, whole = rows / together * together;
+  if (whole > 0)
+    (few ? dot_for<Bits, 4, 2, 2>(batch) : dot_for<Bits, 2, kMaxTokens, kMaxSlots>(batch))(
+        layout, codes, whole, tables, type, x, products);
+  if (whole == rows) return;
   const char* rest[kMaxTokens];
-  const int64_t skipped = pairs * layout.groups * layout.entries() * (type == kFloat32 ? 4 : 2);
+  const int64_t skipped = whole * layout.groups * layout.entries() * (type == kFloat32 ? 4 : 2);
   for (int t = 0; t < batch.count; ++t) rest[t] = tables[t] + skipped;
-  dot_for<Bits, 1>(batch)(layout, codes + pairs * layout.row_bytes(), rows - pairs, rest, type, x,
-                          products + pairs);
+  dot_for<Bits, 1, kMaxTokens, kMaxSlots>(batch)(layout, codes + whole * layout.row_bytes(),
+                                                 rows - whole, rest, type, x, products + whole);
 }
 
 void dot_bfloat16(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
@@ -334,7 +329,7 @@ void bucket_sums_bits(const Layout& layout, const uint8_t* codes, const float* v
           const __m512i low_bits = _mm512_set1_epi32(kEntries - 1);
           const __m512i codes_of[2] = {_mm512_and_si512(first, low_bits),
                                        _mm512_and_si512(second, low_bits)};
-#pragma GCC unroll 2
+#pragma GCC unroll 4
           for (int half = 0; half < 2; ++half) {
             const __mmask16 mask = static_cast<__mmask16>(live >> (16 * half));
             const __m512 value = _mm512_maskz_loadu_ps(mask, group + step * kStep + 16 * half);
