@@ -68,7 +68,7 @@ def serve_records(
             run_load(process.url, [asking.of(tenants.base)], 1, plan.tokens)  # warms up
             yield from swap_records(
                 process.url, tenants, adapters[0], asking, plan.requests, plan.tokens, plan.rounds,
-                _PROMPT_CHUNK,
+                first_round=plan.rounds, prompt_chunk=_PROMPT_CHUNK,
             )  # fmt: skip
         yield from tier_records(base, store, tenants, asking, flags, plan.tokens)
         if peers:

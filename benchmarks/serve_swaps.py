@@ -28,7 +28,7 @@ _ALONE, _ASKS, _SWAPS = "alone", "another tenant asks", "another tenant swaps"
 
 def swap_records(
     url: str, tenants: Tenants, adapter: Path, asking: Asking, requests: int, tokens: int,
-    rounds: int, prompt_chunk: int | None = None,
+    rounds: int, *, first_round: int = 0, prompt_chunk: int | None = None,
 ) -> Iterator[Record]:  # fmt: skip
     """The 99th percentile of the gaps between a stream's tokens: alone, and beside another tenant.
 
@@ -44,6 +44,7 @@ def swap_records(
         requests: of the stream in each round, one after another.
         tokens: of each answer.
         rounds: of all situations, in turns.
+        first_round: number of the first; a round uploads what no round of another number has.
         prompt_chunk: tokens of a prompt that the server reads in a step; None for all.
     """
     loads: dict[str, list[Load]] = {_ALONE: [], _ASKS: [], _SWAPS: []}
@@ -53,7 +54,7 @@ def swap_records(
         asks = [asking.of(tenants.adapters[0]) for _ in range(requests)]
         return run_load(url, asks, 1, tokens)
 
-    for number in range(rounds):
+    for number in range(first_round, first_round + rounds):
         loads[_ALONE].append(stream())
         for situation, uploads in ((_ASKS, False), (_SWAPS, True)):
             first = (2 * number + uploads) * _ROUND
