@@ -48,7 +48,7 @@ def swap_records(
         prompt_chunk: tokens of a prompt that the server reads in a step; None for all.
     """
     loads: dict[str, list[Load]] = {_ALONE: [], _ASKS: [], _SWAPS: []}
-    swaps = 0
+    answers: dict[str, int] = {_ASKS: 0, _SWAPS: 0}
 
     def stream() -> Load:
         asks = [asking.of(tenants.adapters[0]) for _ in range(requests)]
@@ -56,37 +56,46 @@ def swap_records(
 
     for number in range(first_round, first_round + rounds):
         loads[_ALONE].append(stream())
-        for situation, uploads in ((_ASKS, False), (_SWAPS, True)):
+        # In turns, also which of the two is first.
+        for situation in (_ASKS, _SWAPS) if number % 2 else (_SWAPS, _ASKS):
+            uploads = situation == _SWAPS
             first = (2 * number + uploads) * _ROUND
             ask = asking.of(tenants.mover)
             with _mover(url, ask, adapter, first, tokens, uploads=uploads) as count:
                 loads[situation].append(stream())
-            swaps += count() if uploads else 0
+            answers[situation] += count()
     server: dict[str, str | int | float | bool | None] = {"server": "spallm", "concurrency": 1}
     if prompt_chunk is not None:
         server["prompt_chunk"] = prompt_chunk
+    rates: dict[str, dict[str, str | int | float | bool | None]] = {
+        situation: {"others_answers_per_s": round(count / _seconds(loads[situation]), 3)}
+        for situation, count in answers.items()
+    }
     for situation, found in loads.items():
-        rates = [_p99(load) for load in found]
+        each_round = [_p99(load) for load in found]
         yield Record(
             bench="serve",
-            case=server | {"stream": situation},
+            case=server | {"stream": situation} | rates.get(situation, {}),
             metric="inter_token_p99_s",
             ours=round(latencies([each for load in found for each in load.streams]).gap_p99_s, 5),
             runs=rounds,
-            spread=(round(min(rates), 5), round(max(rates), 5)),
+            spread=(round(min(each_round), 5), round(max(each_round), 5)),
         )
-    seconds = sum(load.seconds for load in loads[_SWAPS])
     for situation in (_ALONE, _ASKS):
         pairs = zip(loads[_SWAPS], loads[situation], strict=True)
         ratios = [_p99(swapping) / _p99(other) for swapping, other in pairs]
         yield Record(
             bench="serve",
-            case=server | {"swaps_per_s": round(swaps / seconds, 3), "over": situation},
+            case=server | rates[_SWAPS] | {"over": situation},
             metric="inter_token_p99_while_swapping_over",
             ours=round(statistics.median(ratios), 3),
             runs=rounds,
             spread=(round(min(ratios), 3), round(max(ratios), 3)),
         )
+
+
+def _seconds(loads: list[Load]) -> float:
+    return sum(load.seconds for load in loads)
 
 
 def _p99(load: Load) -> float:

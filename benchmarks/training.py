@@ -19,6 +19,7 @@ from spallm_serve.benchmarks.records import Record
 from spallm_serve.benchmarks.timing import Timing, interleaved
 from spallm_serve.benchmarks.tuning import METHODS, parse_run, together
 from spallm_serve.errors import UserError
+from spallm_serve.heap import return_large_blocks_at_once
 from spallm_serve.models import load_model
 from spallm_serve.trainer.flops import BlockShape, block_shape, counted_flops, frozen_flops
 from spallm_serve.trainer.frozen import inputs_that_take_gradients
@@ -136,6 +137,7 @@ def training_records(
         seconds: for all timed steps together.
     """
     console = Console(stderr=True)
+    return_large_blocks_at_once()  # as the trainer does
     peer = Variant(PEER, PEER, None, {})
     prepared = {
         variant.name: prepare(
@@ -144,6 +146,7 @@ def training_records(
             variant.settings,
             batches,
             dtype,
+            stock=variant is peer,
         )
         for variant in (peer, *variants)
     }
@@ -242,6 +245,8 @@ def prepare(
     settings: dict[str, Any],
     batches: list[Batch],
     dtype: torch.dtype,
+    *,
+    stock: bool = False,
 ) -> Prepared:
     """A method on a base, ready to step.
 
@@ -251,6 +256,7 @@ def prepare(
         settings: the trainer's.
         batches: to step over in turn, and to choose by.
         dtype: of the activations.
+        stock: as PEFT trains it, without what our trainer does to hold less.
     """
     told = together(METHODS[method_name], settings)
     with tempfile.TemporaryDirectory() as cache:
@@ -259,15 +265,15 @@ def prepare(
         )
         lm = load_model(base, dtype)
         freeze(lm)
-        prepare_codes(lm)
         shape = block_shape(lm)
         model = LossModel(lm)
         warm_up = WarmUp(
             iter(batches[: method.warm_up_batches]), lambda batch: model(**batch)["loss"]
         )
         trained = method.prepare(lm, method.select(lm, warm_up))
-    if method_name != PEER:  # the peer as PEFT has it
-        recompute_gated_products(lm)
+    prepare_codes(lm, dtype)
+    if not stock:
+        recompute_gated_products(lm, dtype)
     model.train()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
     return Prepared(model, method, trained, optimizer, batches, shape)

@@ -35,14 +35,14 @@ def training_memory_records(
         write_random_llama(dense, blocks)
     shared = {"rows": rows, "length": length}
     libraries = peak_rss(load_libraries)
-    peer = _measure(Variant(PEER, PEER, None, {}), dense, shared)
+    peer = _measure(Variant(PEER, PEER, None, {}), dense, shared, stock=True)
     for variant in variants:
         base = dense
         if variant.bits is not None:
             base = scratch / f"llama-{blocks}-{variant.bits}bit"
             if not (base / "config.json").is_file():
                 compress_on_random_tokens(str(dense), str(base), variant.bits)
-        ours = _measure(variant, base, shared)
+        ours = _measure(variant, base, shared, stock=False)
         yield Record(
             bench="training-memory",
             case={
@@ -69,18 +69,19 @@ def load_libraries() -> None:
     torch.zeros(1)
 
 
-def _measure(variant: Variant, base: Path, shared: dict[str, int]) -> int:
+def _measure(variant: Variant, base: Path, shared: dict[str, int], *, stock: bool) -> int:
     return peak_rss(
         train_on_random_tokens,
         base=str(base),
         method=variant.method,
         settings=variant.settings,
+        stock=stock,
         **shared,
     )
 
 
 def train_on_random_tokens(
-    base: str, method: str, settings: dict[str, Any], rows: int, length: int
+    base: str, method: str, settings: dict[str, Any], rows: int, length: int, *, stock: bool
 ) -> None:
     """A few steps of a method on a base, activations in bfloat16.
 
@@ -91,6 +92,7 @@ def train_on_random_tokens(
         method: a key of ``tuning.METHODS``.
         settings: the trainer's.
         rows, length: of a batch.
+        stock: see :func:`~spallm_serve.benchmarks.training.prepare`.
     """
     import torch
 
@@ -102,6 +104,6 @@ def train_on_random_tokens(
     labels = ids.clone()
     labels[:, : int(_CONTEXT * length)] = -100
     batch = {"input_ids": ids, "labels": labels, "attention_mask": torch.ones_like(ids)}
-    prepared = prepare(Path(base), method, settings, [batch], torch.bfloat16)
+    prepared = prepare(Path(base), method, settings, [batch], torch.bfloat16, stock=stock)
     for _ in range(_STEPS):
         prepared.step()

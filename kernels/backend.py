@@ -41,6 +41,10 @@ class Backend(Protocol):
         """Why this backend cannot serve a request; None if it can."""
         ...
 
+    def rounds_tables(self, dtype: torch.dtype) -> bool:
+        """Whether every product with activations of a dtype is one with tables rounded to it."""
+        ...
+
     def prepare(self, planes: Tensor, columns: int, groups: int) -> Tensor:
         """Codes from bit-planes in the layout that this backend reads."""
         ...

@@ -94,6 +94,17 @@ def prepare_codes(
     return backend.prepare(planes, columns, groups)
 
 
+def rounds_tables(device: str, dtype: torch.dtype) -> bool:
+    """Whether tables may as well be held in the dtype of the activations.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: of the activations.
+    """
+    request = Request(device, dtype, bits=4, rows=4096, columns=4096, groups=1)
+    return _choose(request)[0].rounds_tables(dtype)
+
+
 def backend_of(codes: Tensor) -> Backend:
     """The backend whose layout codes are in.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from spallm_serve.kernels import reference
@@ -18,6 +19,10 @@ class ReferenceBackend:
     def why_not(self, request: Request) -> str | None:
         """It can do anything."""
         return None
+
+    def rounds_tables(self, dtype: torch.dtype) -> bool:
+        """Not promised."""
+        return False
 
     def prepare(self, planes: Tensor, columns: int, groups: int) -> Tensor:
         """The bit-planes themselves."""

@@ -133,7 +133,7 @@ def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, Tenso
         else:
             own = _with_rows(name, tensor, rows, place, base)
         _expect(name, list(own.shape), list(base.shape), "shape")
-        yield module, own
+        yield module, own.to(base.dtype)
 
 
 def _norms(

@@ -152,6 +152,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
         **extra_weight_attrs: Any,
     ) -> None:
         """Prepare to be loaded: bits, and so shapes, may differ from linear to linear."""
+        layer.spallm_dtype = params_dtype
         loader = _Loader(layer, input_size_per_partition, output_partition_sizes, input_size)
         loader.attach()
 
@@ -159,7 +160,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
         """Merge what was loaded; see :class:`SlottedLinear`."""
         loader: _Loader = layer.spallm_loader
         slots = slot_count(get_current_vllm_config())
-        layer.spallm = SlottedLinear.of(loader.linears(self._names), 1 + slots)
+        layer.spallm = SlottedLinear.of(loader.linears(self._names), 1 + slots, layer.spallm_dtype)
         layer.spallm_places = {
             name: Place(layer.prefix, number, loader.shards[number], loader.rows[number])
             for number, name in enumerate(self._names)
@@ -228,7 +229,7 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """Logits of a tied head, ``x [tokens, width] -> [tokens, vocabulary]``."""
         if layer.spallm_head is None:  # only a tied head needs the codes in a kernel's order, too
-            layer.spallm_head = SlottedLinear.of([layer.spallm_rows], 1)
+            layer.spallm_head = SlottedLinear.of([layer.spallm_rows], 1, layer.spallm_dtype)
         slotted: SlottedLinear = layer.spallm_head
         return slotted(x, bias, StepSlots())
 

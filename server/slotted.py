@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from spallm_serve.kernels import lut_linear, prepare_codes
-from spallm_serve.kernels.choice import backend_of
+from spallm_serve.kernels.choice import backend_of, rounds_tables
 
 # Takes the outputs [tokens, rows of the part] and the inputs [tokens, in] of one adapter's tokens.
 Addition = Callable[[Tensor, Tensor], Tensor]
@@ -22,24 +23,34 @@ class StepSlots:
     Attributes:
         slots: int32 ``[tokens]``, or None where all tokens use the same slot.
         only: that slot.
-        runs: of each slot but the base's that has tokens, their places, int64.
+        places: of each slot but the base's that has tokens, the tokens.
+        device: of the layers.
     """
 
     slots: Tensor | None = None
     only: int = 0
-    runs: tuple[tuple[int, Tensor], ...] = ()
+    places: Mapping[int, list[int]] = field(default_factory=dict)
+    device: torch.device | str = "cpu"
 
     @classmethod
     def of(cls, slots: Sequence[int], device: torch.device | str = "cpu") -> StepSlots:
         """Of the slot of each token."""
-        tensor = torch.tensor(slots, dtype=torch.int32)
-        present = sorted(set(slots))
-        runs = tuple(
-            (slot, (tensor == slot).nonzero().flatten().to(device)) for slot in present if slot
-        )
+        places: dict[int, list[int]] = {}
+        for token, slot in enumerate(slots):
+            places.setdefault(slot, []).append(token)
+        present = list(places)
+        places.pop(0, None)
         if len(present) <= 1:
-            return cls(None, present[0] if present else 0, runs)
-        return cls(tensor.to(device), 0, runs)
+            return cls(None, present[0] if present else 0, places, device)
+        tensor = torch.tensor(slots, dtype=torch.int32, device=device)
+        return cls(tensor, 0, places, device)
+
+    @cached_property
+    def runs(self) -> tuple[tuple[int, Tensor], ...]:
+        """The places as int64; made when an adapter first asks that is more than tables."""
+        return tuple(
+            (slot, torch.tensor(tokens, device=self.device)) for slot, tokens in self.places.items()
+        )
 
     def first(self, tokens: int) -> Tensor | None:
         """The slots of a batch that may have been padded; padding uses the base."""
@@ -122,12 +133,14 @@ class SlottedLinear:
     _added: dict[int, list[tuple[Part, Addition]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, linears: Sequence[Sketched], slots: int) -> SlottedLinear:
+    def of(cls, linears: Sequence[Sketched], slots: int, dtype: torch.dtype) -> SlottedLinear:
         """Merge linears.
 
         Args:
             linears: all with the same ``columns``.
             slots: sets of tables, the base's included; all are the base's to begin with.
+            dtype: of the activations. Where the kernel rounds tables to it anyway they are held in
+                it, so that this is not done for each row in each step.
         """
         parts: list[Part] = []
         members: list[list[Sketched]] = []
@@ -144,7 +157,7 @@ class SlottedLinear:
             rows = len(linear.tables)
             parts.append(Part(len(members) - 1, start, offset, rows))
             offset += rows
-        return cls(parts, [_segment(each, slots) for each in members])
+        return cls(parts, [_segment(each, slots, dtype) for each in members])
 
     def __call__(self, x: Tensor, bias: Tensor | None, step: StepSlots) -> Tensor:
         """``x [..., in] -> [..., out]``, each token by the tables of its slot."""
@@ -199,13 +212,17 @@ class SlottedLinear:
         return tables[part.start : part.start + part.rows]
 
     def _add(self, y: Tensor, x: Tensor, step: StepSlots) -> None:
+        if not self._added:
+            return
         for slot, tokens in step.runs:
             for part, add in self._added.get(slot, ()):
                 columns = slice(part.offset, part.offset + part.rows)
                 y[tokens, columns] = add(y[tokens, columns], x[tokens])
 
 
-def _segment(linears: Sequence[Sketched], slots: int) -> _Segment:
+def _segment(linears: Sequence[Sketched], slots: int, dtype: torch.dtype) -> _Segment:
     planes = torch.cat([linear.planes for linear in linears], dim=1)
     tables = torch.cat([linear.tables for linear in linears])
+    if rounds_tables(tables.device.type, dtype):
+        tables = tables.to(dtype)
     return _Segment(planes, linears[0].columns, tables.repeat(slots, 1, 1, 1))

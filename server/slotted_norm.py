@@ -39,6 +39,8 @@ class SlottedNorm:
             x: of the same shape, what was normalised.
             step: whose token each is.
         """
+        if not self._weights:
+            return
         for slot, tokens in step.runs:
             weight = self._weights.get(slot)
             if weight is not None:

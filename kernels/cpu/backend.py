@@ -7,6 +7,7 @@ codes once for all tokens, whatever their slots.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import torch
@@ -34,6 +35,8 @@ _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _OTHER_CODES = -2  # what the kernels answer where the header says something else
 # Tokens of one slot from which decoding for the BLAS pays.
 BLAS_TOKENS = 80
+# Set to 1, the BLAS, whose sums depend on how many tokens there are, is left out of the product.
+INVARIANT_VARIABLE = "SPALLM_BATCH_INVARIANT"
 # Weights decoded at a time; smaller tiles are slower to multiply by.
 TILE_WEIGHTS = 4 << 20
 # The BLAS is slow at odd heights.
@@ -73,6 +76,10 @@ class CpuBackend:
             return f"this processor has no {LEVELS[self._forced]}"
         return None
 
+    def rounds_tables(self, dtype: torch.dtype) -> bool:
+        """For bfloat16, where there are instructions that multiply it."""
+        return dtype == torch.bfloat16 and self.level == LEVELS.index("avx512")
+
     def prepare(self, planes: Tensor, columns: int, groups: int) -> Tensor:
         """See :func:`to_cpu_layout`."""
         return to_cpu_layout(planes, columns, groups)
@@ -109,12 +116,15 @@ class CpuBackend:
     ) -> Tensor:
         """``[tokens, out]`` in the dtype of ``x``.
 
+        Of fewer than :data:`BLAS_TOKENS` tokens of a slot, or with :data:`INVARIANT_VARIABLE` at 1,
+        each has the same output to the bit whatever other tokens there are.
+
         Raises:
             ValueError: a slot without tables; an unsupported dtype.
         """
         check_types(x, tables, bias, _TYPES)
         y = x.new_empty(x.shape[0], self.rows(codes))
-        if x.shape[0] < BLAS_TOKENS:
+        if x.shape[0] < BLAS_TOKENS or os.environ.get(INVARIANT_VARIABLE) == "1":
             self._multiply(x, codes, tables, slots, bias, y)
             return y
         check_slots_in_range(slots, tables.shape[0])

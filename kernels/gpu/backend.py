@@ -40,6 +40,10 @@ class TritonBackend:
             return "the GPU is older than Ampere"
         return None
 
+    def rounds_tables(self, dtype: torch.dtype) -> bool:
+        """Not promised."""
+        return False
+
     def prepare(self, planes: Tensor, columns: int, groups: int) -> Tensor:
         """See :func:`to_gpu_layout`."""
         return to_gpu_layout(planes, columns, groups)

@@ -13,7 +13,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.models import load_model, load_tokenizer, resolve_model
 from spallm_serve.precision import bfloat16_is_native
-from spallm_serve.trainer.model import freeze, prepare_codes
+from spallm_serve.trainer.model import freeze
 from spallm_serve.trainer.settings import TrainSettings
 
 
@@ -60,6 +60,4 @@ def open_base(settings: TrainSettings, device: torch.device) -> Base:
         raise UserError(
             f"max_length {settings.max_length} is more than the model's context of {context} tokens"
         )
-    digest = base_identity(model)
-    prepare_codes(model)
-    return Base(settings.base, directory, model, tokenizer, digest)
+    return Base(settings.base, directory, model, tokenizer, base_identity(model))

@@ -8,7 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from transformers import PreTrainedModel
+
+from spallm_serve.models import decoder_blocks
 
 Activation = Callable[[Tensor], Tensor]
 
@@ -16,26 +19,28 @@ _PARTS = ("gate_proj", "up_proj", "down_proj", "act_fn")
 _PROBE_TOKENS = 4
 
 
-def recompute_gated_products(model: PreTrainedModel) -> int:
+def recompute_gated_products(model: PreTrainedModel, dtype: torch.dtype) -> int:
     """Keep only ``gate(x)`` and ``up(x)`` of each ``down(act(gate(x)) * up(x))``.
 
     autograd would keep four tensors of the inner width: these two, the activated gate, and what
-    goes into ``down_proj`` where that is trained. The last two take a pass over the first two to
-    make again, and are over a fourth of all that a Llama block keeps. Results and gradients are
-    the same to the bit.
+    goes into ``down_proj`` where its tables are trained. The last two take a pass over the first
+    two to make again, and are over a fourth of all that a Llama block keeps. Results and gradients
+    are the same to the bit.
 
     Args:
         model: with the trainable parts in place. Modules that are built otherwise stay as they are.
+        dtype: of the activations; what is trained may be of another.
 
     Returns:
         How many MLPs it was done in.
     """
-    width = model.config.get_text_config().hidden_size
+    width = model.config.get_text_config(decoder=True).hidden_size
     probe = torch.randn(1, _PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
-    probe = probe.to(model.device, model.dtype)
-    gated = [module for module in model.modules() if _is_gated(module, probe)]
+    probe = probe.to(model.device, dtype)
+    modules = [module for block in decoder_blocks(model)[1] for module in block.modules()]
+    gated = [module for module in modules if _is_gated(module, probe)]
     for module in gated:
-        module.forward = partial(_forward, module)  # type: ignore[method-assign]
+        module.forward = partial(_forward, module, _keeps_input(module, probe))  # type: ignore[method-assign]
     return len(gated)
 
 
@@ -44,36 +49,58 @@ def _is_gated(module: nn.Module, probe: Tensor) -> bool:
     """Whether a module computes what its parts' names promise, tried on a few vectors."""
     if any(getattr(module, part, None) is None for part in _PARTS):
         return False
-    return torch.equal(module(probe), _forward(module, probe))
+    return torch.equal(module(probe), _forward(module, False, probe))
 
 
-def _forward(mlp: Any, x: Tensor) -> Tensor:
+def _keeps_input(mlp: Any, probe: Tensor) -> bool:
+    """Whether ``down_proj`` keeps what it is given for its backward pass, and not a copy or part.
+
+    With gradients enabled, as in training; nothing is computed backwards.
+    """
+    inner = mlp.act_fn(mlp.gate_proj(probe)) * mlp.up_proj(probe)
+    inner = inner.detach().requires_grad_()
+    kept: set[int] = set()
+
+    def pack(tensor: Tensor) -> Tensor:
+        kept.add(tensor.untyped_storage().data_ptr())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        mlp.down_proj(inner)
+    return inner.untyped_storage().data_ptr() in kept
+
+
+def _forward(mlp: Any, down_keeps_input: bool, x: Tensor) -> Tensor:
     gate, up = mlp.gate_proj(x), mlp.up_proj(x)
     inner: Tensor = _GatedProduct.apply(gate, up, mlp.act_fn)
     y: Tensor = mlp.down_proj(inner)
-    kept_by_down = any(parameter.requires_grad for parameter in mlp.down_proj.parameters())
-    # Where the gate and up take no gradient they are not kept, and this would keep them.
-    if kept_by_down and inner.requires_grad and y.requires_grad:
-        _make_again_when_needed(inner, y, gate.detach(), up.detach(), mlp.act_fn)
+    # Where gate and up take no gradient they are not kept, and this would keep them.
+    if down_keeps_input and inner.requires_grad and y.requires_grad:
+        _free_between_passes(inner, y)
     return y
 
 
-def _make_again_when_needed(
-    inner: Tensor, y: Tensor, gate: Tensor, up: Tensor, activation: Activation
-) -> None:
-    """Free the memory of ``inner``, and fill it again once the gradient of ``y`` is there."""
+def _free_between_passes(inner: Tensor, y: Tensor) -> None:
+    """Free the memory of ``inner``, fill it again once the gradient of ``y`` is there, and free it
+    for good once its own is."""
+    node: Any = inner.grad_fn
     # Not the tensor itself: filling that would count as a change of what autograd has saved.
     values = inner.data
     storage = values.untyped_storage()
     size = storage.nbytes()
-    storage.resize_(0)
 
     def fill(dy: Tensor) -> None:
         storage.resize_(size)
+        gate, up = node.saved_tensors
         with torch.no_grad():
-            torch.mul(activation(gate), up, out=values)
+            torch.mul(node.activation(gate), up, out=values)
 
+    def free(_: Tensor | None = None) -> None:
+        storage.resize_(0)
+
+    free()
     y.register_hook(fill)
+    inner.register_hook(free)
 
 
 class _GatedProduct(torch.autograd.Function):
@@ -86,7 +113,8 @@ class _GatedProduct(torch.autograd.Function):
         return activation(gate) * up
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
         gate, up = (tensor.detach().requires_grad_() for tensor in ctx.saved_tensors)
         with torch.enable_grad():
             # Not autograd.grad: an activation's hooks, such as a profiler's, may not run in it.

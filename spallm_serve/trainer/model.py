@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
@@ -79,12 +80,16 @@ def freeze(model: nn.Module) -> None:
         parameter.requires_grad_(False)
 
 
-def prepare_codes(model: PreTrainedModel) -> None:
+def prepare_codes(model: nn.Module, dtype: torch.dtype) -> None:
     """Put the codes of all compressed linears into the order of their kernels.
 
     Left to the first step, they and the files they are mapped from would be in memory together
     with its activations.
+
+    Args:
+        model: with the trainable parts in place: some look at the codes as they are in the file.
+        dtype: of the activations.
     """
     for module in model.modules():
         if isinstance(module, SketchedLinear):
-            module.prepare(model.dtype)
+            module.prepare(dtype)

@@ -25,7 +25,7 @@ from spallm_serve.trainer.gated_mlp import recompute_gated_products
 from spallm_serve.trainer.loop import MethodTrainer, latest_checkpoint, training_arguments
 from spallm_serve.trainer.lut.method import Lut
 from spallm_serve.trainer.method import Batch, Method, WarmUp
-from spallm_serve.trainer.model import LossModel
+from spallm_serve.trainer.model import LossModel, prepare_codes
 from spallm_serve.trainer.progress import ProgressBar
 from spallm_serve.trainer.record import TrainingRecord, machine_name, write_record
 from spallm_serve.trainer.run_directory import TrainingDirectory, fingerprint
@@ -34,7 +34,7 @@ from spallm_serve.trainer.smt.method import Smt
 from spallm_serve.trainer.sparselora.method import SparseLora
 
 # What a run that is taken up has to have begun with; counts up when results change.
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True)
@@ -123,6 +123,7 @@ def _train(
     if settings.patience:
         callbacks.append(EarlyStoppingCallback(settings.patience))
     method = make_method(settings, base.directory, run.folder)
+    dtype = base.model.dtype  # what is trained may be of another
     model = LossModel(base.model)
     selection = run.selection()
     if selection is None:
@@ -131,11 +132,12 @@ def _train(
         if selection:
             run.save_selection(selection)
     trained = method.prepare(base.model, selection)
+    prepare_codes(base.model, dtype)
     if settings.checkpointing:
         # Not the reentrant form: it gives no gradients below inputs that need none.
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
-        recompute_gated_products(base.model)
+        recompute_gated_products(base.model, dtype)
     if isinstance(method, SparseLora):
         _say_savings(method, model, data, console)
     count = sum(parameter.numel() for parameter in trained.values())

@@ -237,7 +237,8 @@ def test_a_stream_is_timed_alone_and_while_another_tenant_swaps(
     asked = [each for each in state.asked if each[1] == "Bearer mover"]
     assert len(asked) > len(state.uploads) >= 3, "one that only asks uploads once"
     assert len(set(state.uploads)) == len(state.uploads)
-    assert over_alone.case["swaps_per_s"]
+    assert over_alone.case["others_answers_per_s"] == swaps.case["others_answers_per_s"] > 0
+    assert asks.case["others_answers_per_s"]
 
 
 def test_weights_count_codes_and_tables_and_no_estimators(tmp_path: Path) -> None:

@@ -9,6 +9,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spallm_serve.errors import UserError
+from spallm_serve.kernels.choice import FORCE_VARIABLE
+from spallm_serve.kernels.cpu.library import LEVELS, best_level
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
@@ -52,7 +54,7 @@ def test_every_token_is_multiplied_by_its_slots_own_weight(
         random_linear(rows, columns, bits, groups, seed + number)
         for number, (bits, groups, rows) in enumerate(formats)
     ]
-    layer = SlottedLinear.of([linear for linear, _ in made], SLOTS)
+    layer = SlottedLinear.of([linear for linear, _ in made], SLOTS, torch.float32)
     weights = {0: torch.cat([dense(codes, linear.tables) for linear, codes in made])}
     for slot in range(1, SLOTS):
         own = {
@@ -100,14 +102,14 @@ def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) 
     for worker in range(workers):
         tall, wide = rows // workers, columns // workers
         shard = Shard(worker * tall, tall, 0, columns, columns)
-        part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1)
+        part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1, torch.float32)
         by_rows.append(part(x, None, StepSlots()))
         shard = Shard(0, rows, worker * wide, wide, columns)
         if (groups > workers and groups % workers) or (groups > 1 and wide % (columns // groups)):
             with pytest.raises(UserError, match="groups"):
                 shard.sketched(whole.planes, whole.tables)
             return
-        part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1)
+        part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1, torch.float32)
         by_columns += part(shard.inputs(x), None, StepSlots())
     torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=1e-3)
@@ -117,7 +119,7 @@ def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) 
 def test_the_codes_are_held_once_whatever_dtype_they_are_for(bits: int) -> None:
     """Kernels want them in orders of their own; what one order held is gone with the next."""
     whole, codes = random_linear(64, 128, bits, 2, 0)
-    layer = SlottedLinear.of([whole], 1)
+    layer = SlottedLinear.of([whole], 1, torch.float32)
     x = torch.randn(3, 128, generator=torch.Generator().manual_seed(0))
     first = layer(x, None, StepSlots())
     half = layer(x.bfloat16(), None, StepSlots())
@@ -177,3 +179,25 @@ def test_a_slots_own_norm_is_that_of_its_tokens_alone(offset: float) -> None:
     norm.fill(2, None)
     norm.correct(y.zero_(), x, StepSlots.of([2, 2, 2, 2]))
     assert not y.any()
+
+
+@pytest.mark.parametrize("kernel", ["reference", *(f"cpu-{level}" for level in LEVELS)])
+def test_tables_rounded_beforehand_give_the_same_to_the_bit(
+    kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the kernel rounds them in any case; elsewhere they are held as they are."""
+    if kernel == "cpu-avx512" and best_level() < LEVELS.index("avx512"):
+        pytest.skip("this processor has no AVX-512 with bfloat16")
+    monkeypatch.setenv(FORCE_VARIABLE, kernel)
+    made = [
+        random_linear(9, 24, bits, groups, bits)[0] for bits, groups in ((4, 2), (3, 1), (2, 3))
+    ]
+    own = {number: random_linear(9, 24, bits, groups, 7)[0].tables
+           for number, (bits, groups) in enumerate(((4, 2), (3, 1), (2, 3)))}  # fmt: skip
+    x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).bfloat16()
+    found = []
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = SlottedLinear.of(made, 2, dtype)
+        layer.fill(1, own, {})
+        found.append(layer(x, None, StepSlots.of([0, 1, 1, 0, 1])))
+    assert torch.equal(*found)

@@ -329,7 +329,7 @@ void bucket_sums_bits(const Layout& layout, const uint8_t* codes, const float* v
           const __m512i low_bits = _mm512_set1_epi32(kEntries - 1);
           const __m512i codes_of[2] = {_mm512_and_si512(first, low_bits),
                                        _mm512_and_si512(second, low_bits)};
-#pragma GCC unroll 4
+#pragma GCC unroll 2
           for (int half = 0; half < 2; ++half) {
             const __mmask16 mask = static_cast<__mmask16>(live >> (16 * half));
             const __m512 value = _mm512_maskz_loadu_ps(mask, group + step * kStep + 16 * half);

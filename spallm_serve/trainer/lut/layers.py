@@ -43,11 +43,14 @@ class TunedRows(nn.Module):
     """
 
     rows: Tensor
+    planes: Tensor
 
     def __init__(self, base: SketchedLinear, rows: Tensor) -> None:
         super().__init__()
         self.base = base
         self.register_buffer("rows", rows.to(base.tables.device))
+        planes = base.planes()[:, self.rows].contiguous()
+        self.register_buffer("planes", planes, persistent=False)
         self.tables = nn.Parameter(base.tables[self.rows].float())
         self._row_codes: tuple[torch.dtype, Tensor] | None = None
 
@@ -62,8 +65,7 @@ class TunedRows(nn.Module):
     def _codes(self, dtype: torch.dtype) -> Tensor:
         """The chosen rows' codes, in the layout of the kernel."""
         if self._row_codes is None or self._row_codes[0] != dtype:
-            planes = self.base.planes()[:, self.rows].contiguous()
-            codes = prepare_codes(planes, self.base.columns, self.tables.shape[1], dtype)
+            codes = prepare_codes(self.planes, self.base.columns, self.tables.shape[1], dtype)
             self._row_codes = dtype, codes
         return self._row_codes[1]
 

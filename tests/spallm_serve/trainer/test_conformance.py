@@ -33,7 +33,9 @@ METHODS: dict[str, Callable[[], Method]] = {
     "lut-rows-norms": lambda: Lut(LutSettings(rows=0.3, norms=True, warm_up_batches=2)),
     "smt": lambda: Smt(SmtSettings(block_size=8, blocks=7, warm_up_batches=2)),
     "smt-mlp": lambda: Smt(
-        SmtSettings(block_size=16, share=0.2, modules=("up_proj", "o_proj"), selection="per_kind")
+        SmtSettings(
+            block_size=16, share=0.2, modules=("up_proj", "down_proj"), selection="per_kind"
+        )
     ),
     "lora": lambda: SparseLora(SparseLoraSettings(rank=3, sparsity="none")),
     "sparselora": lambda: SparseLora(SparseLoraSettings(rank=3, sparsity=SPARSE)),
@@ -218,7 +220,7 @@ def gradients(method: Method, base: Path, *, again: bool) -> dict[str, Tensor]:
     model, trained = prepared(method, base)
     disturb(trained)
     if again:
-        assert recompute_gated_products(model) == model.config.num_hidden_layers
+        assert recompute_gated_products(model, torch.float32) == model.config.num_hidden_layers
     model.train()
     method.on_batch(batch(), share_done=0.5)
     loss = LossModel(model)(**batch())["loss"]

@@ -21,7 +21,7 @@ IDS = torch.arange(3, 67).view(2, 32)
 def trained(base: Path) -> PreTrainedModel:
     model = load_model(base)
     freeze(model)
-    prepare_codes(model)
+    prepare_codes(model, torch.float32)
     Lut(LutSettings()).prepare(model, {})
     return model
 
@@ -38,7 +38,7 @@ def table_gradients(model: nn.Module) -> list[Tensor]:
 def test_two_inner_tensors_of_each_mlp_are_not_kept(sketched_base: Path) -> None:
     model = trained(sketched_base)
     before = kept_bytes(lambda: loss(model).backward(), model)
-    assert recompute_gated_products(model) == model.config.num_hidden_layers
+    assert recompute_gated_products(model, torch.float32) == model.config.num_hidden_layers
     after = kept_bytes(lambda: loss(model).backward(), model)
     inner = model.config.num_hidden_layers * IDS.numel() * model.config.intermediate_size * 4
     assert before - after == 2 * inner
@@ -46,7 +46,7 @@ def test_two_inner_tensors_of_each_mlp_are_not_kept(sketched_base: Path) -> None
 
 def test_a_graph_is_walked_twice(sketched_base: Path) -> None:
     model = trained(sketched_base)
-    recompute_gated_products(model)
+    recompute_gated_products(model, torch.float32)
     total = loss(model)
     total.backward(retain_graph=True)
     once = table_gradients(model)
@@ -57,7 +57,7 @@ def test_a_graph_is_walked_twice(sketched_base: Path) -> None:
 
 def test_only_what_is_a_gated_product_is_touched(tmp_path: Path, sketched_base: Path) -> None:
     gpt = load_model(save_tiny("gpt2", tmp_path / "gpt2"))
-    assert recompute_gated_products(gpt) == 0
+    assert recompute_gated_products(gpt, torch.float32) == 0
 
     class Other(nn.Module):
         """The right names around another sum."""
@@ -74,12 +74,12 @@ def test_only_what_is_a_gated_product_is_touched(tmp_path: Path, sketched_base: 
     model = trained(sketched_base)
     first = model.model.layers[0]
     first.mlp = Other(first.mlp)
-    assert recompute_gated_products(model) == model.config.num_hidden_layers - 1
+    assert recompute_gated_products(model, torch.float32) == model.config.num_hidden_layers - 1
 
 
 def test_generation_does_without(sketched_base: Path) -> None:
     model = trained(sketched_base)
     with torch.no_grad():
         wanted = model(input_ids=IDS).logits
-        recompute_gated_products(model)
+        assert recompute_gated_products(model, torch.float32) == model.config.num_hidden_layers
         assert torch.equal(model(input_ids=IDS).logits, wanted)
