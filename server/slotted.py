@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from spallm_serve.kernels import lut_linear, prepare_codes
+from spallm_serve.kernels.backend import Backend
 from spallm_serve.kernels.choice import backend_of, rounds_tables
 
 # Takes the outputs [tokens, rows of the part] and the inputs [tokens, in] of one adapter's tokens.
@@ -87,8 +88,17 @@ class _Segment:
     columns: int
     tables: Tensor
     prepared_for: torch.dtype | None = None
+    backend: Backend | None = None
 
-    def codes_for(self, dtype: torch.dtype) -> Tensor:
+    def product(self, x: Tensor, tables: Tensor, slots: Tensor | None) -> Tensor:
+        self._prepare(x.dtype)
+        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.backend is None:
+            return lut_linear(x, self.codes, tables, slots)
+        # What lut_linear would check holds by how all this was made, and to check it takes as long
+        # as a small layer: 2 % of a step of SmolLM2.
+        return self.backend.lut_linear(x, self.codes, tables, slots, None)
+
+    def _prepare(self, dtype: torch.dtype) -> None:
         if dtype != self.prepared_for:
             # What inference mode makes could not take part in anything else later.
             with torch.inference_mode(False):
@@ -96,8 +106,7 @@ class _Segment:
                     self.codes = backend_of(self.codes).planes(self.codes)
                 groups = self.tables.shape[2]
                 self.codes = prepare_codes(self.codes, self.columns, groups, dtype)
-            self.prepared_for = dtype
-        return self.codes
+            self.prepared_for, self.backend = dtype, backend_of(self.codes)
 
 
 @dataclass(frozen=True)
@@ -164,9 +173,8 @@ class SlottedLinear:
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         slots = step.first(len(flat))
         outputs = [
-            lut_linear(
+            segment.product(
                 flat,
-                segment.codes_for(x.dtype),
                 segment.tables if slots is not None else segment.tables[step.only, None],
                 slots,
             )

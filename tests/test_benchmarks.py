@@ -320,7 +320,7 @@ def test_training_memory_trains_on_random_tokens(tmp_path: Path) -> None:
 def test_a_killed_training_run_ends_with_the_same_adapter(tmp_path: Path) -> None:
     model = tiny_llama(tmp_path / "model")
     rows, found = rows_file(tmp_path / "rows.json"), tmp_path / "found.json"
-    command = ["resume", "--train", str(rows), "--model", str(model), "--kills", "2"]
+    command = ["resume", "--train", str(rows), "--model", str(model), "--kills", "1"]
     command += ["--json", str(found), "--scratch", str(tmp_path / "scratch")]
     for option in ("--steps", "6", "--max-length", "48", "--set", "save_every=1"):
         command += ["--option", option]

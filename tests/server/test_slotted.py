@@ -73,6 +73,8 @@ def test_every_token_is_multiplied_by_its_slots_own_weight(
     x = torch.randn(len(slots) + padding, columns, generator=generator)
     bias = torch.randn(len(weights[0]), generator=generator)
     y = layer(x, bias, StepSlots.of(slots))
+    with torch.inference_mode():
+        assert torch.equal(layer(x, bias, StepSlots.of(slots)), y)
     expected = torch.stack(
         [weights[slot] @ token.double() for slot, token in zip(slots, x, strict=False)]
     ) + bias.double()  # fmt: skip
