@@ -314,7 +314,7 @@ def test_training_memory_trains_on_random_tokens(tmp_path: Path) -> None:
     config = copy.deepcopy(CONFIGS["llama"])
     config.vocab_size = 32000
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
-    train_on_random_tokens(str(tmp_path), "lora", {}, rows=1, length=16)
+    train_on_random_tokens(str(tmp_path), "lora", {}, rows=1, length=16, stock=True)
 
 
 def test_a_killed_training_run_ends_with_the_same_adapter(tmp_path: Path) -> None:
