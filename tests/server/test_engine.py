@@ -247,7 +247,7 @@ def test_any_mixture_answers_as_each_alone(
             engine.collective_rpc("spallm_keep", args=(rest[0], [first]))
 
     run_state_machine_as_test(
-        Mixtures, settings=settings(max_examples=25, stateful_step_count=8, deadline=None)
+        Mixtures, settings=settings(max_examples=15, stateful_step_count=8, deadline=None)
     )
 
 
