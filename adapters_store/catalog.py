@@ -165,6 +165,9 @@ def _write_ahead(connection: Any) -> None:
 
     Two that change a new file at once are in each other's way, and SQLite then fails at once
     instead of waiting: each would wait for the other for ever.
+
+    Raises:
+        sqlite3.OperationalError: another failure, or the file stays busy for too long.
     """
     deadline = time.monotonic() + _BUSY_MILLISECONDS / 1000
     while True:
@@ -175,4 +178,5 @@ def _write_ahead(connection: Any) -> None:
             busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
             if not busy or time.monotonic() > deadline:
                 raise
+        # Unequal waits, or those that met would meet again; seldom more than one or two.
         time.sleep(random.uniform(0.001, 0.02))
