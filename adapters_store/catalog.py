@@ -178,5 +178,5 @@ def _write_ahead(connection: Any) -> None:
             busy = error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_BUSY
             if not busy or time.monotonic() > deadline:
                 raise
-        # Unequal waits, or those that met would meet again; seldom more than one or two.
+        # Unequal waits, or those that met would meet again.
         time.sleep(random.uniform(0.001, 0.02))
