@@ -120,17 +120,25 @@ def kernels(
         Optional[list[str]], typer.Option(help="Whose shapes; may be repeated. Default: all.")
     ] = None,
     seconds: Annotated[float, typer.Option(help="For each comparison.")] = 0.5,
+    device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     plot: Annotated[Optional[Path], typer.Option(help="Where a PNG of the ratios goes.")] = None,
     json: Json = None,
 ) -> None:
     """lut_linear against torch's bfloat16 linear and LoRAs, interleaved in one process."""
     with measuring(None):
+        import torch
+
+        if device not in ("cpu", "cuda"):
+            raise UserError(f"--device {device!r}: expected cpu or cuda")
+        if device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda: torch sees no GPU here")
+
         from spallm_serve.benchmarks.kernels import SHAPES, kernel_records
 
         unknown = [name for name in model or () if name not in SHAPES]
         if unknown:
             raise UserError(f"--model {unknown[0]!r}: expected some of {', '.join(SHAPES)}")
-        found = finish(kernel_records(tuple(model or SHAPES), seconds), json)
+        found = finish(kernel_records(tuple(model or SHAPES), seconds, device), json)
         if plot is not None:
             from spallm_serve.benchmarks.plots import plot_kernels
 

@@ -15,7 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from spallm_serve.benchmarks.records import Record
-from spallm_serve.benchmarks.timing import Timing, allocated_bytes, interleaved
+from spallm_serve.benchmarks.timing import (
+    Timing,
+    allocated_bytes,
+    interleaved,
+    interleaved_on_gpu,
+)
 from spallm_serve.kernels import explain, lut_linear, prepare_codes
 from spallm_serve.kernels.packing import SUPPORTED_BITS, pack_codes
 
@@ -45,6 +50,11 @@ class _Layer:
     tables: Tensor
     dense: list[Tensor]
 
+    @property
+    def device(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.tables.device.type
+
     def case(self, **more: int | float) -> dict[str, str | int | float | bool | None]:
         return {
             "model": self.model,
@@ -55,23 +65,27 @@ class _Layer:
         }
 
 
-def kernel_records(models: tuple[str, ...], seconds: float = _SECONDS) -> Iterator[Record]:
+def kernel_records(
+    models: tuple[str, ...], seconds: float = _SECONDS, device: str = "cpu"
+) -> Iterator[Record]:
     """Decode, mixed tenants, LoRAs beside a bfloat16 linear, prefill, the tables' gradient.
 
     Args:
         models: of :data:`SHAPES`.
         seconds: for each comparison.
+        device: ``cpu`` or ``cuda``.
     """
     console = Console(stderr=True)
-    console.print(f"lut_linear runs on {explain('cpu')}, {torch.get_num_threads()} threads")
-    bandwidth = copy_bandwidth(seconds)
+    on = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
+    console.print(f"lut_linear runs on {explain(device)}, {on}")
+    bandwidth = copy_bandwidth(seconds, device)
     yield Record(
         bench="kernels", case={}, metric="copy_bytes_per_s", ours=bandwidth, better="higher"
     )
     with torch.no_grad():
         for model in models:
             for rows, columns in SHAPES[model]:
-                dense = _dense_pool(rows, columns)
+                dense = _dense_pool(rows, columns, device)
                 for bits in SUPPORTED_BITS:
                     layer = _layer(model, rows, columns, bits, dense)
                     for record in _layer_records(layer, bandwidth, seconds):
@@ -80,24 +94,24 @@ def kernel_records(models: tuple[str, ...], seconds: float = _SECONDS) -> Iterat
                         yield record
 
 
-def copy_bandwidth(seconds: float) -> float:
-    """Bytes a second that this machine reads and writes when it copies a large tensor."""
-    source = torch.empty(_POOL_BYTES // 4, dtype=torch.uint8).fill_(1)
+def copy_bandwidth(seconds: float, device: str = "cpu") -> float:
+    """Bytes a second that a device reads and writes when it copies a large tensor."""
+    source = torch.empty(_POOL_BYTES // 4, dtype=torch.uint8, device=device).fill_(1)
     target = torch.empty_like(source)
-    timing = interleaved({"copy": lambda: target.copy_(source)}, seconds)["copy"]
+    timing = _timed({"copy": lambda: target.copy_(source)}, seconds, device)["copy"]
     return 2 * source.nbytes / timing.median
 
 
 def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[Record]:
     for tokens in TOKENS:
-        x = torch.randn(tokens, layer.columns).bfloat16()
+        x = torch.randn(tokens, layer.columns, device=layer.device).bfloat16()
         functions: dict[str, Callable[[], object]] = {"linear": _linear(layer, x)}
         counts = [count for count in TENANTS if count <= tokens]
         for count in counts:
             functions[f"{count} tenants"] = _ours(layer, x, count)
         if tokens == 8:
             functions["LoRA"] = _linear_with_loras(layer, x)
-        times = interleaved(functions, seconds)
+        times = _timed(functions, seconds, layer.device)
         for count in counts:
             ours = times[f"{count} tenants"]
             speed = _bytes_needed(layer, tokens, count) / ours.median
@@ -115,8 +129,8 @@ def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[
 
 
 def _gradient_records(layer: _Layer, seconds: float) -> Iterator[Record]:
-    x = torch.randn(_PREFILL_TOKENS, layer.columns).bfloat16()
-    dy = torch.randn(_PREFILL_TOKENS, layer.rows).bfloat16()
+    x = torch.randn(_PREFILL_TOKENS, layer.columns, device=layer.device).bfloat16()
+    dy = torch.randn(_PREFILL_TOKENS, layer.rows, device=layer.device).bfloat16()
     codes, tables = layer.codes[0], layer.tables[:1].contiguous()
 
     def gradient() -> object:
@@ -125,11 +139,11 @@ def _gradient_records(layer: _Layer, seconds: float) -> Iterator[Record]:
     def dense() -> object:
         return dy.T @ x
 
-    times = interleaved({"ours": gradient, "dense": dense}, seconds)
+    times = _timed({"ours": gradient, "dense": dense}, seconds, layer.device)
     case = layer.case(tokens=_PREFILL_TOKENS, tenants=1)
     peer = "dW by a bfloat16 matmul"
     yield _record(case, times["ours"], times["dense"], peer, "gradient_s")
-    ours, theirs = allocated_bytes(gradient), allocated_bytes(dense)
+    ours, theirs = (allocated_bytes(each, layer.device) for each in (gradient, dense))
     yield Record(
         bench="kernels",
         case=case,
@@ -141,9 +155,15 @@ def _gradient_records(layer: _Layer, seconds: float) -> Iterator[Record]:
     )
 
 
+def _timed(
+    functions: dict[str, Callable[[], object]], seconds: float, device: str
+) -> dict[str, Timing]:
+    return (interleaved if device == "cpu" else interleaved_on_gpu)(functions, seconds)
+
+
 def _ours(layer: _Layer, x: Tensor, tenants: int) -> Callable[[], object]:
     codes = cycle(layer.codes)
-    slots = None if tenants == 1 else (torch.arange(x.shape[0]) % tenants).int()
+    slots = (torch.arange(x.shape[0], device=x.device) % tenants).int() if tenants > 1 else None
     return lambda: lut_linear(x, next(codes), layer.tables, slots)
 
 
@@ -153,19 +173,24 @@ def _linear(layer: _Layer, x: Tensor) -> Callable[[], object]:
 
 
 def _linear_with_loras(layer: _Layer, x: Tensor) -> Callable[[], object]:
-    """A LoRA a token, by the gathered einsums of vLLM's CPU path: all the LoRAs' A with their
-    tokens to rank 16, then all B, added to the base's output."""
+    """A LoRA a token: all the LoRAs' A with their tokens to rank 16, then all B, added to the
+    base's output. On the CPU by the gathered einsums of vLLM's CPU path, on a GPU by two batched
+    products without the gathering."""
     weights = cycle(layer.dense)
-    lora_a = torch.randn(x.shape[0], LORA_RANK, layer.columns).bfloat16()
-    lora_b = torch.randn(x.shape[0], layer.rows, LORA_RANK).bfloat16()
+    lora_a = torch.randn(x.shape[0], LORA_RANK, layer.columns, device=x.device).bfloat16()
+    lora_b = torch.randn(x.shape[0], layer.rows, LORA_RANK, device=x.device).bfloat16()
     index = torch.arange(x.shape[0])
 
-    def both() -> object:
+    def gathered() -> object:
         y = F.linear(x, next(weights))
         shrunk = torch.einsum("bi,boi->bo", x, lora_a[index])
         return y.add_(torch.einsum("bi,boi->bo", shrunk, lora_b[index]))
 
-    return both
+    def batched() -> object:
+        y = F.linear(x, next(weights))
+        return torch.baddbmm(y[:, :, None], lora_b, torch.bmm(lora_a, x[:, :, None]))
+
+    return gathered if layer.device == "cpu" else batched
 
 
 def _bytes_needed(layer: _Layer, tokens: int, tenants: int) -> int:
@@ -175,15 +200,16 @@ def _bytes_needed(layer: _Layer, tokens: int, tenants: int) -> int:
     return codes + tables + 2 * tokens * (layer.rows + layer.columns)
 
 
-def _dense_pool(rows: int, columns: int) -> list[Tensor]:
+def _dense_pool(rows: int, columns: int, device: str) -> list[Tensor]:
     count = max(2, min(_POOL_LAYERS, _POOL_BYTES // (2 * rows * columns)))
-    return [torch.randn(rows, columns, dtype=torch.bfloat16) for _ in range(count)]
+    return [torch.randn(rows, columns, dtype=torch.bfloat16, device=device) for _ in range(count)]
 
 
 def _layer(model: str, rows: int, columns: int, bits: int, dense: list[Tensor]) -> _Layer:
-    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8)
+    device = dense[0].device
+    codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, device=device)
     packed = prepare_codes(pack_codes(codes, bits), columns, 1)
-    tables = torch.randn(max(TENANTS), rows, 1, 1 << bits).half()
+    tables = torch.randn(max(TENANTS), rows, 1, 1 << bits, device=device).half()
     pool = [packed.clone() for _ in range(max(len(dense), _POOL_BYTES // 4 // packed.nbytes))]
     return _Layer(model, rows, columns, bits, pool, tables, dense)
 

@@ -32,9 +32,10 @@ def plot_kernels(found: BenchmarkResults, path: Path) -> None:
     for panel in panels[len(shapes) :]:
         panel.set_visible(False)
     panels[0].legend(fontsize=8, frameon=False)
+    accelerator = str(found.machine["accelerator"])
+    where = accelerator if "cuda" in found.command else f"{found.machine['threads']} CPU threads"
     figure.suptitle(
-        f"lut_linear against {_LINEAR}, {found.machine['threads']} CPU threads\n"
-        "most tenants: as many as tokens, up to 64"
+        f"lut_linear against {_LINEAR}, {where}\nmost tenants: as many as tokens, up to 64"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=130)

@@ -17,7 +17,7 @@ _LEAST_CAPABILITY = (8, 0)
 
 
 class TritonBackend:
-    """Programs of :mod:`spallm_serve.kernels.gpu.programs`, imported when first needed.
+    """Programs of :mod:`spallm_serve.kernels.gpu.products`, imported when first needed.
 
     A slot without tables gives NaN for its tokens: to raise, the device would have to be waited
     for.

@@ -1,48 +1,52 @@
-"""Launch the Triton programs on tensors: grids, block shapes, tuning."""
+"""Launch the Triton programs on tensors: which program, grids, block shapes.
+
+Block shapes are fixed, found by timing on an H100: the same call gives the same bits in every
+process, nothing is tuned while a server waits, and a CUDA graph may be captured at the first call.
+"""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from spallm_serve.kernels.gpu import programs
+from spallm_serve.kernels.gpu import gradients, products
 from spallm_serve.kernels.gpu.layout import units_of
-from spallm_serve.kernels.gpu.token_blocks import TokenBlocks, token_blocks
 
-# Sums of buckets take 2**bits accumulators a token, so that many tokens fit into registers.
-BUCKET_TOKENS = {2: 64, 3: 32, 4: 16}
+# So many tokens of one slot are worth a dense copy of the weight, a part at a time, and the BLAS.
+BLAS_TOKENS = 64
+DENSE_WEIGHTS = 1 << 24
+# Of the weight's gradient, in float32; what the second-level cache holds is not written and read.
+GRADIENT_WEIGHTS = 1 << 23
+_BLOCK_ROWS = 64
+# So many tokens, each with its own slot, are multiplied one by one, and so many of one slot.
+EACH_TOKENS = {2: 8, 3: 10, 4: 12}
+_EACH_OF_ONE_SLOT = 3
+# A unit of tokens with more slots than that is multiplied by buckets.
+UNIT = 64
+BLOCK_SLOTS = {2: 1, 3: 2, 4: 3}
 # The tensor cores take tokens by sixteens at the least.
 _LEAST_TOKENS = 16
-_MOST_TOKENS = 128
-_GRADIENT_TOKENS = 32
+# More would not fit beside four sums in registers.
+_BUCKET_TOKENS = 32
+# Programs that keep a large GPU busy: work is cut into parts until there are as many.
+PROGRAMS = 264
 
-_Shape = dict[str, int]  # ROWS, UNITS, and Triton's num_warps and num_stages
+_Shape = dict[str, int]  # ROWS, EIGHTS, and Triton's num_warps and num_stages
 
-
-def _shapes(rows: tuple[int, ...], units: tuple[int, ...], warps: tuple[int, ...]) -> list[_Shape]:
-    """Every combination, the first of each first; that is taken where nothing can be timed."""
-    return [
-        {"ROWS": r, "UNITS": u, "num_warps": w, "num_stages": stages}
-        for r in rows
-        for u in units
-        for w in warps
-        for stages in (3, 2)
-    ]
-
-
-_CHOICES: dict[str, list[_Shape]] = {
-    "one token": _shapes((8, 4, 16), (8, 4), (4, 8)),
-    "few tokens": _shapes((16, 32), (2,), (4, 8)),
-    "many tokens": _shapes((64,), (1,), (8, 4)),
-    "buckets": _shapes((16,), (2, 1), (4, 8)),
-    "input gradient": _shapes((32, 64), (2,), (8,)),
-    "table gradient": _shapes((64, 32), (2,), (4, 8)),
+SHAPES: dict[str, _Shape] = {
+    "each": {"ROWS": 4, "EIGHTS": 128, "num_warps": 2, "num_stages": 2},
+    "few tokens": {"ROWS": 16, "EIGHTS": 16, "num_warps": 2, "num_stages": 3},
+    "many tokens": {"ROWS": 64, "EIGHTS": 4, "num_warps": 4, "num_stages": 3},
+    "buckets": {"ROWS": 64, "EIGHTS": 4, "num_warps": 4, "num_stages": 3},
+    "added parts": {"ROWS": 512, "num_warps": 4},
+    "dequantize": {"ROWS": 2, "EIGHTS": 128, "num_warps": 2, "num_stages": 2},
+    "table gradient": {"ROWS": 2, "EIGHTS": 32, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -55,171 +59,219 @@ def multiply(
         ValueError: more tokens than 32-bit offsets reach.
     """
     tokens = x.shape[0]
-    shape = _LayerShape(codes, tables, x.shape[0], x.shape[1])
-    y = x.new_empty(tokens, shape.rows)
+    layer = _Layer(x, codes, tables, x.shape[1])
+    y = x.new_empty(tokens, layer.rows)
     if tokens == 0:
         return y
-    if slots is not None and tables.shape[0] > 1 and 1 < tokens <= BUCKET_TOKENS[shape.bits]:
-        block = _least_block(tokens)
-        _run(
-            programs.multiply_by_buckets,
-            "buckets",
-            (x, codes, tables, bias, y, slots, tokens, *shape.sizes, tables.shape[0]),
-            lambda meta: (triton.cdiv(tokens, block), triton.cdiv(shape.rows, meta["ROWS"])),
-            key=(block, x.dtype, shape.sizes),
-            constants={"BITS": shape.bits, "HAS_BIAS": bias is not None, "TOKENS": block},
+    if tokens <= (_EACH_OF_ONE_SLOT if slots is None else EACH_TOKENS[layer.bits]):
+        _launch(
+            products.multiply_each,
+            SHAPES["each"],
+            (tokens, _row_blocks(layer.rows, "each")),
+            (x, codes, tables, bias, y, slots, *layer.sizes, layer.n_slots),
+            layer.constants | {"HAS_SLOTS": slots is not None, "HAS_BIAS": bias is not None},
         )
-        return y
-    block, blocks, plan = _blocks(slots, tokens, tables.shape[0])
-    kind = "one token" if block == 1 else "few tokens" if block < 64 else "many tokens"
-    _run(
-        programs.multiply_dequantized,
-        kind,
-        (x, codes, tables, bias, y, *plan, tokens, *shape.sizes, tables.shape[0]),
-        lambda meta: (blocks, triton.cdiv(shape.rows, meta["ROWS"])),
-        key=(block, x.dtype, shape.sizes),
-        constants={
-            "BITS": shape.bits,
-            "SORTED": slots is not None,
-            "HAS_BIAS": bias is not None,
-            "TOKENS": block,
-        },
-    )
+    elif slots is None and tokens >= BLAS_TOKENS:
+        _multiply_dense(y, x, layer, bias)
+    else:
+        _multiply_in_parts(y, x, layer, slots, bias)
     return y
+
+
+def _multiply_in_parts(
+    y: Tensor, x: Tensor, layer: _Layer, slots: Tensor | None, bias: Tensor | None
+) -> None:
+    """By blocks, by buckets, or, where only the device knows how many slots a unit has, by both, of
+    which one does each unit."""
+    tokens = x.shape[0]
+    by_blocks = slots is None or tokens > UNIT
+    block = UNIT if slots is not None else _block_of(tokens)
+    shape = SHAPES["few tokens" if block < UNIT else "many tokens"]
+    few = _Parts.of(layer, shape, tokens, block, sets_of_codes=1)
+    bucket_block = min(_BUCKET_TOKENS, _block_of(tokens))
+    many = _Parts.of(layer, SHAPES["buckets"], tokens, bucket_block, 1 << layer.bits - 2)
+    most_slots = BLOCK_SLOTS[layer.bits] if by_blocks else 0
+    count = max(few.count if by_blocks else 0, many.count if slots is not None else 0)
+    found = x.new_empty(count, tokens, layer.rows, dtype=torch.float32)
+    arguments = (x, layer.codes, layer.tables, found, slots, tokens, *layer.sizes, layer.n_slots)
+    if by_blocks:
+        _launch(
+            products.multiply_blocks,
+            shape,
+            few.grid,
+            (*arguments, few.eights, most_slots),
+            layer.constants | {"HAS_SLOTS": slots is not None, "TOKENS": block},
+        )
+    if slots is not None:
+        _launch(
+            products.multiply_by_buckets,
+            SHAPES["buckets"],
+            many.grid,
+            (*arguments, many.eights, most_slots),
+            layer.constants | {"UNIT": UNIT, "TOKENS": bucket_block},
+        )
+    _launch(
+        products.add_parts,
+        SHAPES["added parts"],
+        (tokens, _row_blocks(layer.rows, "added parts")),
+        (found, bias, y, slots, tokens, layer.rows, few.count, many.count, most_slots),
+        {"HAS_SLOTS": slots is not None, "HAS_BIAS": bias is not None, "UNIT": UNIT},
+    )
 
 
 def input_gradient(
     dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
 ) -> Tensor:
-    """``dy W``: ``[tokens, columns]`` in the dtype of ``dy``."""
-    tokens = dy.shape[0]
-    shape = _LayerShape(codes, tables, tokens, columns)
-    dx = dy.new_empty(tokens, columns)
-    if tokens == 0:
-        return dx
-    block, blocks, plan = _blocks(slots, tokens, tables.shape[0], least=_LEAST_TOKENS)
-    _run(
-        programs.multiply_transposed,
-        "input gradient",
-        (dy, codes, tables, dx, *plan, tokens, *shape.sizes, tables.shape[0]),
-        lambda meta: (blocks, shape.groups, triton.cdiv(shape.units, meta["UNITS"])),
-        key=(block, dy.dtype, shape.sizes),
-        constants={"BITS": shape.bits, "SORTED": slots is not None, "TOKENS": block},
-    )
+    """``dy W``: ``[tokens, columns]`` in the dtype of ``dy``; one slot after another."""
+    layer = _Layer(dy, codes, tables, columns)
+    if slots is None:
+        return _multiply_transposed(dy, layer, slot=0)
+    dx = dy.new_full((dy.shape[0], columns), torch.nan)
+    for slot in range(layer.n_slots):
+        mine = (slots == slot)[:, None]
+        dx = torch.where(mine, _multiply_transposed(dy, layer, slot), dx)
     return dx
 
 
 def table_gradient(
     dy: Tensor, x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None
 ) -> Tensor:
-    """float32 in the shape of ``tables``; tokens whose slot has no tables count nowhere."""
-    shape = _LayerShape(codes, tables, x.shape[0], x.shape[1])
-    n_slots, tokens = tables.shape[0], x.shape[0]
-    dtables = torch.empty(tables.shape, dtype=torch.float32, device=x.device)
-    if slots is None:
-        order = None
-        counts = torch.zeros(n_slots, dtype=torch.int32, device=x.device)
-        counts[0] = tokens
-    else:
-        # With blocks as large as all tokens there is one a slot.
-        plan = token_blocks(slots, n_slots, max(tokens, 1))
-        order = plan.order
-        counts = torch.zeros(n_slots, dtype=torch.int32, device=x.device)
-        counts.scatter_add_(0, plan.slot.clamp(max=n_slots - 1).long(), _lengths(plan, n_slots))
-    stop = counts.cumsum(0, dtype=torch.int32)
-    _run(
-        programs.sum_table_gradient,
-        "table gradient",
-        (dy, x, codes, dtables, order, stop - counts, stop, *shape.sizes),
-        lambda meta: (triton.cdiv(shape.rows, meta["ROWS"]), shape.groups, n_slots),
-        key=(x.dtype, shape.sizes),
-        constants={"BITS": shape.bits, "SORTED": slots is not None, "TOKENS": _GRADIENT_TOKENS},
-    )
-    return dtables
+    """float32 in the shape of ``tables``; tokens whose slot has no tables count nowhere.
+
+    The BLAS makes a part of ``dy^T x`` at a time, which is summed by code; the gradient of the
+    weight is never whole.
+    """
+    layer = _Layer(x, codes, tables, x.shape[1])
+    found = torch.zeros(tables.shape, dtype=torch.float32, device=x.device)
+    for slot in range(1 if slots is None else layer.n_slots):
+        mine = dy if slots is None else torch.where((slots == slot)[:, None], dy, 0)
+        for rows in layer.parts(GRADIENT_WEIGHTS):
+            _launch(
+                gradients.sum_by_code,
+                SHAPES["table gradient"],
+                (_row_blocks(rows.stop - rows.start, "table gradient"), layer.groups),
+                (_product(mine[:, rows].T, x), codes, found[slot], rows.start, *layer.sizes),
+                layer.constants,
+            )
+    return found
 
 
-class _LayerShape:
-    """The sizes that all programs take."""
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """In float32."""
+    if left.is_cuda and left.dtype != torch.float32:
+        return torch.mm(left, right, out_dtype=torch.float32)
+    return left.float() @ right.float()
 
-    def __init__(self, codes: Tensor, tables: Tensor, tokens: int, columns: int) -> None:
+
+class _Layer:
+    """The operands' sizes that all programs take, and the layer's dense weight in parts."""
+
+    def __init__(self, x: Tensor, codes: Tensor, tables: Tensor, columns: int) -> None:
         self.rows, self.groups, entries = tables.shape[1:]
+        tokens = x.shape[0]
         if tokens * max(self.rows, columns) >= 1 << 31:
             raise ValueError(
                 f"x: expected fewer than {(1 << 31) // max(self.rows, columns)} tokens for "
                 f"{self.rows} rows and {columns} columns (offsets are of 32 bits), got {tokens}; "
                 "multiply them in parts"
             )
+        self.codes, self.tables, self.dtype = codes, tables, x.dtype
+        self.n_slots = tables.shape[0]
         self.bits = entries.bit_length() - 1
         self.units = units_of(columns, self.groups)
-        self.sizes = (self.rows, columns, self.groups, self.units, codes.shape[1])
+        self.sizes = (self.rows, columns, self.groups, self.units, codes.shape[1] // 4)
+        ptx = x.dtype != torch.float32 and os.environ.get("TRITON_INTERPRET") != "1"
+        self.constants: dict[str, Any] = {"BITS": self.bits, "PTX": ptx}
+
+    def parts(self, weights: int) -> Iterator[slice]:
+        """Rows with about so many weights, a whole number of blocks of every program."""
+        step = max(1, weights // self.sizes[1] // _BLOCK_ROWS) * _BLOCK_ROWS
+        for first in range(0, self.rows, step):
+            yield slice(first, min(first + step, self.rows))
+
+    def dense_parts(self, slot: int) -> Iterator[tuple[slice, Tensor]]:
+        """A slot's weight in the dtype of ``x``, so many rows at a time; each part is valid until
+        the next is made."""
+        space: Tensor | None = None
+        for rows in self.parts(DENSE_WEIGHTS):
+            count = rows.stop - rows.start
+            if space is None:
+                space = self.codes.new_empty(count, self.sizes[1], dtype=self.dtype)
+            _launch(
+                products.dequantize,
+                SHAPES["dequantize"],
+                (_row_blocks(count, "dequantize"), self.groups),
+                (self.codes, self.tables[slot], space, rows.start, *self.sizes),
+                self.constants,
+            )
+            yield rows, space[:count]
 
 
-def _blocks(
-    slots: Tensor | None, tokens: int, n_slots: int, least: int = 1
-) -> tuple[int, int, tuple[Tensor | None, ...]]:
-    """Tokens in a block, how many blocks, and which tokens they are (None: as they come)."""
-    wanted = 1 if tokens == 1 == least else _least_block(tokens)
-    if slots is None:
-        return wanted, triton.cdiv(tokens, wanted), (None, None, None, None)
-    if wanted == 1:
-        first = torch.zeros(1, dtype=torch.int32, device=slots.device)
-        return 1, 1, (first, slots, first, first + 1)
-    # Sorted blocks hold one slot's tokens, of which there may be few.
-    block = min(wanted, max(_LEAST_TOKENS, _least_block(triton.cdiv(tokens, n_slots))))
-    plan = token_blocks(slots, n_slots, block)
-    return block, len(plan.slot), (plan.order, plan.slot, plan.start, plan.stop)
+def _multiply_dense(y: Tensor, x: Tensor, layer: _Layer, bias: Tensor | None) -> None:
+    for rows, weight in layer.dense_parts(slot=0):
+        torch.mm(x, weight.T, out=y[:, rows])
+    if bias is not None:
+        y += bias
 
 
-def _least_block(tokens: int) -> int:
-    return min(_MOST_TOKENS, max(_LEAST_TOKENS, triton.next_power_of_2(tokens)))
+def _multiply_transposed(dy: Tensor, layer: _Layer, slot: int) -> Tensor:
+    dx = dy.new_zeros(dy.shape[0], layer.sizes[1])
+    for rows, weight in layer.dense_parts(slot):
+        if rows.start == 0:
+            torch.mm(dy[:, rows], weight, out=dx)
+        else:
+            dx.addmm_(dy[:, rows], weight)
+    return dx
 
 
-def _lengths(plan: TokenBlocks, n_slots: int) -> Tensor:
-    lengths = (plan.stop - plan.start).clamp(min=0)
-    return torch.where(plan.slot < n_slots, lengths, 0)
+@dataclass(frozen=True)
+class _Parts:
+    """How a product is cut.
 
-
-def _run(
-    program: Any,
-    kind: str,
-    arguments: tuple[Any, ...],
-    grid: Callable[[dict[str, int]], tuple[int, ...]],
-    *,
-    key: tuple[Any, ...],
-    constants: dict[str, Any],
-) -> None:
-    """Launch with the fastest block shape for this key, found the first time it comes up.
-
-    Inside a CUDA graph capture nothing can be timed: run once before, as for any tuned kernel.
+    Attributes:
+        grid: blocks of tokens, blocks of rows, parts.
+        eights: of each group's columns in a part.
+        count: parts.
     """
 
-    def launch(shape: _Shape) -> None:
-        # Triton launches on the current device, which need not be the tensors'.
-        with torch.cuda.device_of(arguments[0]):
-            program[grid](*arguments, **constants, **shape)
+    grid: tuple[int, int, int]
+    eights: int
+    count: int
 
-    choices = _CHOICES[kind]
-    at = (kind, key, tuple(constants.values()))
-    if at not in _fastest:
-        _fastest[at] = choices[0] if not _can_time() else _time(launch, choices)
-    launch(_fastest[at])
-
-
-_fastest: dict[tuple[Any, ...], _Shape] = {}
-
-
-def _time(launch: Callable[[_Shape], None], choices: list[_Shape]) -> _Shape:
-    timed: list[tuple[float, int]] = []
-    for index, shape in enumerate(choices):
-        try:
-            milliseconds = triton.testing.do_bench(lambda s=shape: launch(s), warmup=5, rep=20)
-        except triton.runtime.errors.OutOfResources:
-            continue
-        timed.append((milliseconds, index))
-    return choices[min(timed)[1]]
+    @classmethod
+    def of(
+        cls, layer: _Layer, shape: _Shape, tokens: int, block: int, sets_of_codes: int
+    ) -> _Parts:
+        """Cut the columns until a GPU is busy; there are as many parts for each set of codes."""
+        blocks = triton.cdiv(tokens, block), triton.cdiv(layer.rows, shape["ROWS"])
+        reachable = max(1, ((1 << 31) - 1) // (tokens * layer.rows * sets_of_codes))
+        eights, count = _cut(layer, shape, blocks[0] * blocks[1] * sets_of_codes, reachable)
+        return cls((*blocks, count * sets_of_codes), eights, count * sets_of_codes)
 
 
-@cache
-def _can_time() -> bool:
-    """Whether there is a GPU whose clock counts; the interpreter's does not."""
-    return torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET", "0") != "1"
+def _cut(layer: _Layer, shape: _Shape, programs: int, most: int) -> tuple[int, int]:
+    """Eights of a group in a part, and how many parts that makes."""
+    tile, eights = shape["EIGHTS"], 4 * layer.units
+    wanted = min(triton.cdiv(eights, tile), triton.cdiv(PROGRAMS, programs), most)
+    part = triton.cdiv(triton.cdiv(eights, wanted), tile) * tile
+    return part, triton.cdiv(eights, part)
+
+
+def _row_blocks(rows: int, kind: str) -> int:
+    return -(-rows // SHAPES[kind]["ROWS"])
+
+
+def _block_of(tokens: int) -> int:
+    return min(UNIT, max(_LEAST_TOKENS, triton.next_power_of_2(tokens)))
+
+
+def _launch(
+    program: Any,
+    shape: _Shape,
+    grid: tuple[int, ...],
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
+) -> None:
+    # Triton launches on the current device, which need not be the tensors'.
+    with torch.cuda.device_of(arguments[0]):
+        program[grid](*arguments, **constants, **shape)

@@ -1,10 +1,11 @@
 """Codes <-> words that a GPU reads side by side.
 
 int32 ``[1 + out, words]``. Row 0 is a header: rows, columns, groups, bits. In the others every
-group of columns begins anew and takes whole units of 32 columns: at 4 bits four words of eight
-codes, at 2 bits two of sixteen, at 3 bits two with the lower two bits of sixteen codes each and one
-with the top bits of all. Within a word the lowest bits are the leftmost column. Rows are padded to
-16 bytes.
+group of columns begins anew and takes whole units of 32 columns, each of four *eights*: eight codes
+that come out of their words as the eight nibbles of one, the leftmost column in the lowest. At 4
+bits an eight is a word; at 2 bits two eights share one, the second two bits higher; at 3 bits so do
+the lower two bits, and behind those of the whole group comes a word a unit with the top bits, bit
+``4 i + e`` that of code ``i`` of the unit's eight ``e``. Rows are padded to 16 bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor
 from spallm_serve.kernels.packing import pack_codes, unpack_codes
 
 UNIT = 32
+_EIGHTS = 4
 _ALIGNED_WORDS = 4
 
 
@@ -50,11 +52,9 @@ def to_gpu_layout(planes: Tensor, columns: int, groups: int) -> Tensor:
     units = units_of(columns, groups)
     padded = codes.new_zeros(rows, groups, units * UNIT)
     padded[:, :, :width] = codes.view(rows, groups, width)
-    units_first = padded.view(rows, groups * units, UNIT).long()
-    parts = [_fields(units_first, bits)] if bits != 3 else [
-        _fields(units_first & 3, 2), _fields(units_first >> 2, 1)
-    ]  # fmt: skip
-    words = torch.cat(parts, dim=2).view(rows, -1)
+    eights = padded.view(rows, groups, units * _EIGHTS, 8).int()
+    low = _pack(eights & 3, 2) if bits < 4 else _pack(eights, 1)
+    words = (low if bits != 3 else torch.cat([low, _pack(eights >> 2, 4)], dim=2)).view(rows, -1)
     laid = torch.zeros(
         1 + rows, row_words(columns, groups, bits), dtype=torch.int32, device=planes.device
     )
@@ -67,26 +67,27 @@ def from_gpu_layout(laid: Tensor) -> Tensor:
     """Inverse of :func:`to_gpu_layout`; reads the header, for which a GPU has to be waited for."""
     rows, columns, groups, bits = (int(word) for word in laid[0, :4].tolist())
     units = units_of(columns, groups)
-    words = laid[1:, : bits * groups * units].view(rows, groups * units, bits)
+    words = laid[1:, : bits * groups * units].view(rows, groups, bits * units)
+    codes = _unpack(words, 1, 15) if bits == 4 else _unpack(words[:, :, : 2 * units], 2, 3)
     if bits == 3:
-        codes = _split(words[:, :, :2], 2) | _split(words[:, :, 2:], 1) << 2
-    else:
-        codes = _split(words, bits)
+        codes |= _unpack(words[:, :, 2 * units :], 4, 1) << 2
     grouped = codes.view(rows, groups, units * UNIT)[:, :, : columns // groups]
     return pack_codes(grouped.reshape(rows, columns).to(torch.uint8), bits)
 
 
-def _fields(values: Tensor, bits: int) -> Tensor:
-    """Pack ``[rows, units, 32]`` small numbers into int32 ``[rows, units, bits]``."""
-    count = 32 // bits
-    shifts = bits * torch.arange(count, device=values.device)
-    words = (values.view(*values.shape[:2], bits, count) << shifts).sum(dim=3)
-    return torch.where(words >= 1 << 31, words - (1 << 32), words).int()
+def _pack(eights: Tensor, sharing: int) -> Tensor:
+    """Put eights int32 ``[rows, groups, eights, 8]`` into words that so many of them share."""
+    shared = eights.unflatten(2, (-1, sharing))
+    return (shared << _shifts(sharing, eights)).sum(dim=(3, 4), dtype=torch.int32)
 
 
-def _split(words: Tensor, bits: int) -> Tensor:
-    """Inverse of :func:`_fields`: int32 ``[rows, units, 32]``."""
-    count = 32 // bits
-    shifts = bits * torch.arange(count, device=words.device, dtype=torch.int32)
-    fields = (words[..., None] >> shifts) & ((1 << bits) - 1)
-    return fields.reshape(*words.shape[:2], UNIT)
+def _unpack(words: Tensor, sharing: int, mask: int) -> Tensor:
+    """Inverse of :func:`_pack`: int32 ``[rows, groups, eights, 8]``."""
+    return ((words[..., None, None] >> _shifts(sharing, words)) & mask).flatten(2, 3)
+
+
+def _shifts(sharing: int, beside: Tensor) -> Tensor:
+    """``[sharing, 8]``: a nibble for each code, each eight's own bits of it."""
+    of_code = 4 * torch.arange(8, dtype=torch.int32, device=beside.device)
+    of_eight = 4 // sharing * torch.arange(sharing, dtype=torch.int32, device=beside.device)
+    return of_code + of_eight[:, None]

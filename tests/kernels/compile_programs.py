@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -17,23 +16,36 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from spallm_serve.kernels.gpu import launch, programs
+from spallm_serve.kernels.gpu import gradients, launch, products
 
 CAPABILITIES = (80, 90)
-POINTERS = {"order": "*i32", "slots": "*i32", "codes": "*i32", "dtables": "*fp32"}
-POINTERS |= dict.fromkeys(("block_slot", "block_start", "block_stop"), "*i32")
-POINTERS |= dict.fromkeys(("slot_start", "slot_stop"), "*i32")
-SIZES = ("tokens", "rows", "columns", "groups", "units", "words", "n_slots")
+POINTERS = {
+    "slots": "*i32",
+    "codes": "*i32",
+    "parts": "*fp32",
+    "dense": "*fp32",
+    "dtables": "*fp32",
+}
+SIZES = ("tokens", "rows", "columns", "groups", "units", "quads", "n_slots", "first_row")
+SIZES += ("part_eights", "most_slots", "parts_of_few", "parts_of_many")
+ALIGNED = ("rows", "columns")
 
-# program, the launcher's choices of block shapes, tokens in a block, further constants
+# program, the launcher's block shape, tokens in a block, further constants
+EACH, BLOCKS, BUCKETS = (
+    products.multiply_each, products.multiply_blocks, products.multiply_by_buckets,
+)  # fmt: skip
 CASES = [
-    ("multiply_dequantized", "one token", 1, {"SORTED": False, "HAS_BIAS": False}),
-    ("multiply_dequantized", "few tokens", 16, {"SORTED": False, "HAS_BIAS": True}),
-    ("multiply_dequantized", "few tokens", 16, {"SORTED": True, "HAS_BIAS": False}),
-    ("multiply_dequantized", "many tokens", 128, {"SORTED": True, "HAS_BIAS": False}),
-    ("multiply_by_buckets", "buckets", None, {"HAS_BIAS": False}),
-    ("multiply_transposed", "input gradient", 128, {"SORTED": True}),
-    ("sum_table_gradient", "table gradient", 32, {"SORTED": True}),
+    (EACH, "each", None, {"HAS_SLOTS": False, "HAS_BIAS": False}),
+    (EACH, "each", None, {"HAS_SLOTS": True, "HAS_BIAS": True}),
+    (BLOCKS, "few tokens", 16, {"HAS_SLOTS": False}),
+    (BLOCKS, "few tokens", 32, {"HAS_SLOTS": False}),
+    (BLOCKS, "many tokens", 64, {"HAS_SLOTS": True}),
+    (BUCKETS, "buckets", 16, {}),
+    (BUCKETS, "buckets", 32, {}),
+    (products.add_parts, "added parts", None, {"HAS_SLOTS": False, "HAS_BIAS": True}),
+    (products.add_parts, "added parts", None, {"HAS_SLOTS": True, "HAS_BIAS": False}),
+    (products.dequantize, "dequantize", None, {}),
+    (gradients.sum_by_code, "table gradient", None, {}),
 ]
 
 
@@ -52,17 +64,18 @@ def signature_of(program: object, constants: dict[str, object]) -> dict[str, str
 def compiled(
     program: object, constants: dict[str, object], shape: dict[str, int], arch: int
 ) -> str:
-    options = {name: shape[name] for name in ("num_warps", "num_stages")}
-    everything = constants | {name: shape[name] for name in ("ROWS", "UNITS")}
+    options = {name: shape[name] for name in ("num_warps", "num_stages") if name in shape}
+    everything = constants | {name: shape[name] for name in ("ROWS", "EIGHTS") if name in shape}
+    signature = signature_of(program, everything)
     source = ASTSource(
         fn=program,
-        signature=signature_of(program, everything),
+        signature=signature,
         constexprs=everything,
         # As launched: pointers and rows of codes are aligned.
         attrs={
             (index,): [["tt.divisibility", 16]]
-            for index, name in enumerate(program.arg_names)  # type: ignore[attr-defined]
-            if name not in everything and name not in ("tokens", "groups", "n_slots", "units")
+            for index, (name, kind) in enumerate(signature.items())
+            if name in ALIGNED or kind.startswith("*")
         },
     )
     return str(
@@ -90,29 +103,31 @@ def ptxas_report(ptx: str, arch: int) -> tuple[int, int]:
     return int(registers[1]), spilled
 
 
-def main(all_shapes: bool) -> None:
+def main() -> None:
     found = []
-    for name, kind, tokens, more in CASES:
-        program = getattr(programs, name)
+    for program, kind, tokens, more in CASES:
+        names = program.arg_names
         for bits in (2, 3, 4):
-            constants = more | {"BITS": bits, "TOKENS": tokens or launch.BUCKET_TOKENS[bits]}
-            choices = launch._CHOICES[kind]
-            for shape in choices if all_shapes else choices[:1]:
-                for arch in CAPABILITIES:
-                    registers, spills = ptxas_report(
-                        compiled(program, constants, shape, arch), arch
-                    )
-                    found.append(
-                        {
-                            "program": name,
-                            "capability": arch,
-                            "case": {**constants, **shape},
-                            "registers": registers,
-                            "spills": spills,
-                        }
-                    )
+            constants = more | {"BITS": bits}
+            constants |= {"PTX": True} if "PTX" in names else {}
+            constants |= {"UNIT": launch.UNIT} if "UNIT" in names else {}
+            if "BITS" not in names:
+                del constants["BITS"]
+            constants |= {"TOKENS": tokens} if tokens else {}
+            for arch in CAPABILITIES:
+                ptx = compiled(program, constants, launch.SHAPES[kind], arch)
+                registers, spills = ptxas_report(ptx, arch)
+                found.append(
+                    {
+                        "program": kind,
+                        "capability": arch,
+                        "case": constants,
+                        "registers": registers,
+                        "spills": spills,
+                    }
+                )
     print(json.dumps(found))
 
 
 if __name__ == "__main__":
-    main(all_shapes="--all" in sys.argv)
+    main()
