@@ -55,7 +55,7 @@ def make_judges(
     judges: dict[tuple[str, str], Judge] = {}
     if text is not None:
         ids = file_windows(text, tokenizer, SEQLEN, windows)
-        judges[PERPLEXITY, text.name] = partial(perplexity, windows=ids)
+        judges[PERPLEXITY, text.name] = partial(_perplexity, windows=ids)
     if held_out is not None:
         stream = ExampleStream(held_out, tokenizer, max_length)
         batches = [collate([row], 0) for row in islice(stream, rows)]
@@ -71,5 +71,10 @@ def held_out_loss(model: PreTrainedModel, batches: list[dict[str, Tensor]]) -> E
     """Mean loss of an output token, over batches of one row each."""
     judged = LossModel(model)
     counts = torch.tensor([int((batch["labels"][:, 1:] != IGNORED).sum()) for batch in batches])
-    means = torch.stack([judged(**batch)["loss"] for batch in batches])
+    here = ({name: part.to(model.device) for name, part in batch.items()} for batch in batches)
+    means = torch.stack([judged(**batch)["loss"] for batch in here]).cpu()
     return token_loss_estimate(means * counts, counts)
+
+
+def _perplexity(model: PreTrainedModel, windows: Tensor) -> Estimate:
+    return perplexity(model, windows.to(model.device))

@@ -171,6 +171,7 @@ def _judge(
     base: Path, adapter: Adapter | None, judges: dict[tuple[str, str], Judge]
 ) -> dict[tuple[str, str], Estimate]:
     model = load_model(base)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")  # type: ignore[arg-type]
     if adapter is not None:
         apply_adapter(model, adapter)
     model.eval()
