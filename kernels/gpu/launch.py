@@ -18,14 +18,15 @@ from torch import Tensor
 from spallm_serve.kernels.gpu import gradients, products
 from spallm_serve.kernels.gpu.layout import units_of
 
-# So many tokens of one slot are worth a dense copy of the weight, a part at a time, and the BLAS.
+# So many tokens of one slot are worth a dense copy of the weight and the BLAS, as many rows at a time
+# as keep a GPU busy.
 BLAS_TOKENS = 64
-DENSE_WEIGHTS = 1 << 24
+DENSE_ROWS = 4096
 # Of the weight's gradient, in float32; what the second-level cache holds is not written and read.
 GRADIENT_WEIGHTS = 1 << 23
 _BLOCK_ROWS = 64
 # So many tokens, each with its own slot, are multiplied one by one, and so many of one slot.
-EACH_TOKENS = {2: 8, 3: 10, 4: 12}
+EACH_TOKENS = {2: 6, 3: 12, 4: 14}
 _EACH_OF_ONE_SLOT = 3
 # A unit of tokens with more slots than that is multiplied by buckets.
 UNIT = 64
@@ -40,13 +41,13 @@ PROGRAMS = 264
 _Shape = dict[str, int]  # ROWS, EIGHTS, and Triton's num_warps and num_stages
 
 SHAPES: dict[str, _Shape] = {
-    "each": {"ROWS": 4, "EIGHTS": 128, "num_warps": 2, "num_stages": 2},
+    "each": {"ROWS": 4, "EIGHTS": 128, "num_warps": 1, "num_stages": 2},
     "few tokens": {"ROWS": 16, "EIGHTS": 16, "num_warps": 2, "num_stages": 3},
-    "many tokens": {"ROWS": 64, "EIGHTS": 4, "num_warps": 4, "num_stages": 3},
+    "many tokens": {"ROWS": 128, "EIGHTS": 4, "num_warps": 4, "num_stages": 3},
     "buckets": {"ROWS": 64, "EIGHTS": 4, "num_warps": 4, "num_stages": 3},
     "added parts": {"ROWS": 512, "num_warps": 4},
     "dequantize": {"ROWS": 2, "EIGHTS": 128, "num_warps": 2, "num_stages": 2},
-    "table gradient": {"ROWS": 2, "EIGHTS": 32, "num_warps": 4, "num_stages": 2},
+    "table gradient": {"ROWS": 1, "EIGHTS": 64, "num_warps": 4, "num_stages": 2},
 }
 
 
@@ -145,7 +146,7 @@ def table_gradient(
     found = torch.zeros(tables.shape, dtype=torch.float32, device=x.device)
     for slot in range(1 if slots is None else layer.n_slots):
         mine = dy if slots is None else torch.where((slots == slot)[:, None], dy, 0)
-        for rows in layer.parts(GRADIENT_WEIGHTS):
+        for rows in layer.parts(max(1, GRADIENT_WEIGHTS // x.shape[1])):
             _launch(
                 gradients.sum_by_code,
                 SHAPES["table gradient"],
@@ -183,9 +184,9 @@ class _Layer:
         ptx = x.dtype != torch.float32 and os.environ.get("TRITON_INTERPRET") != "1"
         self.constants: dict[str, Any] = {"BITS": self.bits, "PTX": ptx}
 
-    def parts(self, weights: int) -> Iterator[slice]:
-        """Rows with about so many weights, a whole number of blocks of every program."""
-        step = max(1, weights // self.sizes[1] // _BLOCK_ROWS) * _BLOCK_ROWS
+    def parts(self, rows: int) -> Iterator[slice]:
+        """About so many rows at a time, a whole number of blocks of every program."""
+        step = max(1, rows // _BLOCK_ROWS) * _BLOCK_ROWS
         for first in range(0, self.rows, step):
             yield slice(first, min(first + step, self.rows))
 
@@ -193,7 +194,7 @@ class _Layer:
         """A slot's weight in the dtype of ``x``, so many rows at a time; each part is valid until
         the next is made."""
         space: Tensor | None = None
-        for rows in self.parts(DENSE_WEIGHTS):
+        for rows in self.parts(DENSE_ROWS):
             count = rows.stop - rows.start
             if space is None:
                 space = self.codes.new_empty(count, self.sizes[1], dtype=self.dtype)
