@@ -26,6 +26,7 @@ from spallm_serve.trainer.frozen import inputs_that_take_gradients
 from spallm_serve.trainer.gated_mlp import recompute_gated_products
 from spallm_serve.trainer.method import Batch, Method, WarmUp
 from spallm_serve.trainer.model import LossModel, freeze, prepare_codes
+from spallm_serve.trainer.rms_norm import keep_narrow_inputs
 from spallm_serve.trainer.run import make_method
 from spallm_serve.trainer.settings import parse_train_settings
 from spallm_serve.trainer.sparselora.layers import SparseAttention, SparseMlp
@@ -274,6 +275,7 @@ def prepare(
     prepare_codes(lm, dtype)
     if not stock:
         recompute_gated_products(lm, dtype)
+        keep_narrow_inputs(lm, dtype)
     model.train()
     optimizer = torch.optim.AdamW(trained.values(), lr=1e-5, weight_decay=0.0, fused=True)
     return Prepared(model, method, trained, optimizer, batches, shape)

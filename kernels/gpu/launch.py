@@ -18,8 +18,8 @@ from torch import Tensor
 from spallm_serve.kernels.gpu import gradients, products
 from spallm_serve.kernels.gpu.layout import units_of
 
-# So many tokens of one slot are worth a dense copy of the weight and the BLAS, as many rows at a time
-# as keep a GPU busy.
+# So many tokens of one slot are worth a dense copy of the weight and the BLAS, as many rows at a
+# time as keep a GPU busy.
 BLAS_TOKENS = 64
 DENSE_ROWS = 4096
 # Of the weight's gradient, in float32; what the second-level cache holds is not written and read.

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
@@ -69,9 +70,27 @@ class LossModel(nn.Module):
             ).logits
         finally:
             handle.remove()
-        total = F.cross_entropy(logits.float(), targets[kept], reduction="sum")
+        total = _SummedLoss.apply(logits, targets[kept])
         count = kept.sum() if num_items_in_batch is None else num_items_in_batch
         return {"loss": total / count}
+
+
+class _SummedLoss(torch.autograd.Function):
+    """Cross entropy in float32, of which the backward pass keeps the logits in their own dtype."""
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor) -> Tensor:
+        ctx.save_for_backward(logits, targets)
+        return F.cross_entropy(logits.float(), targets, reduction="sum")
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, None]:
+        logits, targets = ctx.saved_tensors
+        logits = logits.detach().requires_grad_()
+        with torch.enable_grad():
+            loss = F.cross_entropy(logits.float(), targets, reduction="sum")
+        return torch.autograd.grad(loss, logits, gradient)[0], None
 
 
 def freeze(model: nn.Module) -> None:

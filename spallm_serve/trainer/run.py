@@ -28,6 +28,7 @@ from spallm_serve.trainer.method import Batch, Method, WarmUp
 from spallm_serve.trainer.model import LossModel, prepare_codes
 from spallm_serve.trainer.progress import ProgressBar
 from spallm_serve.trainer.record import TrainingRecord, machine_name, write_record
+from spallm_serve.trainer.rms_norm import keep_narrow_inputs
 from spallm_serve.trainer.run_directory import TrainingDirectory, fingerprint
 from spallm_serve.trainer.settings import TrainSettings
 from spallm_serve.trainer.smt.method import Smt
@@ -138,6 +139,7 @@ def _train(
         base.model.gradient_checkpointing_enable({"use_reentrant": False})
     else:
         recompute_gated_products(base.model, dtype)
+        keep_narrow_inputs(base.model, dtype)
     if isinstance(method, SparseLora):
         _say_savings(method, model, data, console)
     count = sum(parameter.numel() for parameter in trained.values())
