@@ -38,15 +38,20 @@ def recompute_gated_products(model: PreTrainedModel, dtype: torch.dtype) -> int:
     probe = torch.randn(1, _PROBE_TOKENS, width, generator=torch.Generator().manual_seed(0))
     probe = probe.to(model.device, dtype)
     modules = [module for block in decoder_blocks(model)[1] for module in block.modules()]
-    gated = [module for module in modules if _is_gated(module, probe)]
+    gated = [module for module in modules if is_gated(module, probe)]
     for module in gated:
         module.forward = partial(_forward, module, _keeps_input(module, probe))  # type: ignore[method-assign]
     return len(gated)
 
 
 @torch.no_grad()
-def _is_gated(module: nn.Module, probe: Tensor) -> bool:
-    """Whether a module computes what its parts' names promise, tried on a few vectors."""
+def is_gated(module: nn.Module, probe: Tensor) -> bool:
+    """Whether a module is an MLP that computes what its parts' names promise, tried on vectors.
+
+    Args:
+        module: any.
+        probe: ``[rows, tokens, in]`` in the dtype of its activations.
+    """
     if any(getattr(module, part, None) is None for part in _PARTS):
         return False
     return torch.equal(module(probe), _forward(module, False, probe))

@@ -6,18 +6,18 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 
 from spallm_serve.errors import UserError
 from spallm_serve.layers import SketchedLinear
 from spallm_serve.models import decoder_blocks, is_norm
+from spallm_serve.trainer.gated_mlp import is_gated
 from spallm_serve.trainer.sparselora.plan import SparsityPlan
 from spallm_serve.trainer.sparselora.settings import ATTENTION_LINEARS, MLP_LINEARS
 from spallm_serve.trainer.sparselora.slices import is_sliceable, values_of
 
 _PROBE_TOKENS = 4
-_PROBE_ERROR = 0.02
 
 
 @dataclass(frozen=True)
@@ -127,26 +127,14 @@ def _attention(block: nn.Module, name: str, sparsity: float) -> Site:
 
 def _mlp(block: nn.Module, name: str, sparsity: float) -> Site:
     linears = _linears(block, name, MLP_LINEARS)
-    mlp = block.get_submodule("mlp")
-    if not callable(getattr(mlp, "act_fn", None)) or not _is_gated(mlp, linears):
-        raise _unsupported(name, "down_proj(act_fn(gate_proj(x)) * up_proj(x))")
-    return Site(block, name, sparsity, linears)
-
-
-@torch.no_grad()
-def _is_gated(mlp: nn.Module, linears: dict[str, nn.Linear | SketchedLinear]) -> bool:
-    """Whether an MLP computes what its linears' names promise, tried on a few vectors."""
-    gate, up, down = (linears[name] for name in MLP_LINEARS)
+    gate = linears["gate_proj"]
     values = values_of(gate)
     dtype = torch.float32 if isinstance(gate, SketchedLinear) else values.dtype
     generator = torch.Generator().manual_seed(0)
-    x = torch.randn(_PROBE_TOKENS, gate.in_features, generator=generator)
-    x = x.to(values.device, dtype)
-    wanted: Tensor = down(mlp.act_fn(gate(x)) * up(x))  # type: ignore[operator]
-    found: Tensor = mlp(x)
-    return found.shape == wanted.shape and bool(
-        (found - wanted).norm() <= _PROBE_ERROR * wanted.norm()
-    )
+    probe = torch.randn(1, _PROBE_TOKENS, gate.in_features, generator=generator)
+    if not is_gated(block.get_submodule("mlp"), probe.to(values.device, dtype)):
+        raise _unsupported(name, "down_proj(act_fn(gate_proj(x)) * up_proj(x))")
+    return Site(block, name, sparsity, linears)
 
 
 def _linears(
