@@ -1,6 +1,7 @@
 """lut_linear against torch's bfloat16 linear, and against LoRAs beside it, in one process.
 
-Weights are taken in turn from a pool larger than the caches, as a model's layers are.
+Weights are taken in turn from a pool, as a model's layers are; it is larger than a CPU's caches,
+and but for the smallest shapes larger than a GPU's.
 """
 
 from __future__ import annotations

@@ -1,7 +1,10 @@
 """Launch the Triton programs on tensors: which program, grids, block shapes.
 
 Block shapes are fixed, found by timing on an H100: the same call gives the same bits in every
-process, nothing is tuned while a server waits, and a CUDA graph may be captured at the first call.
+process, and nothing is tuned while a server waits. The first call of a kind compiles and loads its
+program, so one has to come before a CUDA graph is captured. Tables are taken to be finite: an
+infinite entry that no code of a row names may still make that slot's own outputs NaN, but never
+another slot's.
 """
 
 from __future__ import annotations
@@ -37,6 +40,9 @@ _LEAST_TOKENS = 16
 _BUCKET_TOKENS = 32
 # Programs that keep a large GPU busy: work is cut into parts until there are as many.
 PROGRAMS = 264
+_MOST_PARTS = 16
+# float32 sums of all parts that are in memory at a time.
+MOST_SUMS = 1 << 26
 
 _Shape = dict[str, int]  # ROWS, EIGHTS, and Triton's num_warps and num_stages
 
@@ -68,8 +74,8 @@ def multiply(
         _launch(
             products.multiply_each,
             SHAPES["each"],
-            (tokens, _row_blocks(layer.rows, "each")),
-            (x, codes, tables, bias, y, slots, *layer.sizes, layer.n_slots),
+            (tokens * _row_blocks(layer.rows, "each"),),
+            (x, codes, layer.tables, bias, y, slots, tokens, *layer.sizes, layer.n_slots),
             layer.constants | {"HAS_SLOTS": slots is not None, "HAS_BIAS": bias is not None},
         )
     elif slots is None and tokens >= BLAS_TOKENS:
@@ -83,14 +89,23 @@ def _multiply_in_parts(
     y: Tensor, x: Tensor, layer: _Layer, slots: Tensor | None, bias: Tensor | None
 ) -> None:
     """By blocks, by buckets, or, where only the device knows how many slots a unit has, by both, of
-    which one does each unit."""
+    which one does each unit. So many tokens at a time that their parts are not too large."""
+    step = max(1, MOST_SUMS // (_MOST_PARTS * layer.rows * UNIT)) * UNIT
+    for first in range(0, x.shape[0], step):
+        few = slice(first, first + step)
+        _multiply_few(y[few], x[few], layer, None if slots is None else slots[few], bias)
+
+
+def _multiply_few(
+    y: Tensor, x: Tensor, layer: _Layer, slots: Tensor | None, bias: Tensor | None
+) -> None:
     tokens = x.shape[0]
     by_blocks = slots is None or tokens > UNIT
     block = UNIT if slots is not None else _block_of(tokens)
     shape = SHAPES["few tokens" if block < UNIT else "many tokens"]
     few = _Parts.of(layer, shape, tokens, block, sets_of_codes=1)
     bucket_block = min(_BUCKET_TOKENS, _block_of(tokens))
-    many = _Parts.of(layer, SHAPES["buckets"], tokens, bucket_block, 1 << layer.bits - 2)
+    many = _Parts.of(layer, SHAPES["buckets"], tokens, bucket_block, 1 << (layer.bits - 2))
     most_slots = BLOCK_SLOTS[layer.bits] if by_blocks else 0
     count = max(few.count if by_blocks else 0, many.count if slots is not None else 0)
     found = x.new_empty(count, tokens, layer.rows, dtype=torch.float32)
@@ -139,29 +154,33 @@ def table_gradient(
 ) -> Tensor:
     """float32 in the shape of ``tables``; tokens whose slot has no tables count nowhere.
 
-    The BLAS makes a part of ``dy^T x`` at a time, which is summed by code; the gradient of the
-    weight is never whole.
+    The BLAS makes a part of ``dy^T x`` at a time, which is summed by code, so that the gradient of
+    a large weight is never whole.
     """
     layer = _Layer(x, codes, tables, x.shape[1])
     found = torch.zeros(tables.shape, dtype=torch.float32, device=x.device)
     for slot in range(1 if slots is None else layer.n_slots):
-        mine = dy if slots is None else torch.where((slots == slot)[:, None], dy, 0)
+        mine, given = dy, x
+        if slots is not None:
+            # Both: a zero times what another token has may not be zero.
+            mine, given = (torch.where((slots == slot)[:, None], each, 0) for each in (dy, x))
         for rows in layer.parts(max(1, GRADIENT_WEIGHTS // x.shape[1])):
             _launch(
                 gradients.sum_by_code,
                 SHAPES["table gradient"],
                 (_row_blocks(rows.stop - rows.start, "table gradient"), layer.groups),
-                (_product(mine[:, rows].T, x), codes, found[slot], rows.start, *layer.sizes),
+                (_product(mine[:, rows].T, given), codes, found[slot], rows.start, *layer.sizes),
                 layer.constants,
             )
     return found
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """In float32."""
-    if left.is_cuda and left.dtype != torch.float32:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.float() @ right.float()
+    """In float32, whatever autocast says."""
+    with torch.autocast(left.device.type, enabled=False):
+        if left.is_cuda and left.dtype != torch.float32:
+            return torch.mm(left, right, out_dtype=torch.float32)
+        return left.float() @ right.float()
 
 
 class _Layer:
@@ -176,7 +195,9 @@ class _Layer:
                 f"{self.rows} rows and {columns} columns (offsets are of 32 bits), got {tokens}; "
                 "multiply them in parts"
             )
-        self.codes, self.tables, self.dtype = codes, tables, x.dtype
+        # Entries are read two at a time.
+        self.tables = tables.clone() if tables.data_ptr() % 4 else tables
+        self.codes, self.dtype = codes, x.dtype
         self.n_slots = tables.shape[0]
         self.bits = entries.bit_length() - 1
         self.units = units_of(columns, self.groups)
@@ -216,13 +237,13 @@ def _multiply_dense(y: Tensor, x: Tensor, layer: _Layer, bias: Tensor | None) ->
 
 
 def _multiply_transposed(dy: Tensor, layer: _Layer, slot: int) -> Tensor:
-    dx = dy.new_zeros(dy.shape[0], layer.sizes[1])
+    if layer.rows <= DENSE_ROWS:
+        ((rows, weight),) = layer.dense_parts(slot)
+        return dy @ weight
+    dx = dy.new_zeros(dy.shape[0], layer.sizes[1], dtype=torch.float32)
     for rows, weight in layer.dense_parts(slot):
-        if rows.start == 0:
-            torch.mm(dy[:, rows], weight, out=dx)
-        else:
-            dx.addmm_(dy[:, rows], weight)
-    return dx
+        dx += _product(dy[:, rows], weight)
+    return dx.to(dy.dtype)
 
 
 @dataclass(frozen=True)
@@ -245,17 +266,13 @@ class _Parts:
     ) -> _Parts:
         """Cut the columns until a GPU is busy; there are as many parts for each set of codes."""
         blocks = triton.cdiv(tokens, block), triton.cdiv(layer.rows, shape["ROWS"])
-        reachable = max(1, ((1 << 31) - 1) // (tokens * layer.rows * sets_of_codes))
-        eights, count = _cut(layer, shape, blocks[0] * blocks[1] * sets_of_codes, reachable)
-        return cls((*blocks, count * sets_of_codes), eights, count * sets_of_codes)
-
-
-def _cut(layer: _Layer, shape: _Shape, programs: int, most: int) -> tuple[int, int]:
-    """Eights of a group in a part, and how many parts that makes."""
-    tile, eights = shape["EIGHTS"], 4 * layer.units
-    wanted = min(triton.cdiv(eights, tile), triton.cdiv(PROGRAMS, programs), most)
-    part = triton.cdiv(triton.cdiv(eights, wanted), tile) * tile
-    return part, triton.cdiv(eights, part)
+        programs = blocks[0] * blocks[1] * sets_of_codes
+        tile, eights = shape["EIGHTS"], 4 * layer.units
+        most = min(triton.cdiv(eights, tile), _MOST_PARTS // sets_of_codes)
+        wanted = min(most, triton.cdiv(PROGRAMS, programs))
+        part = triton.cdiv(triton.cdiv(eights, wanted), tile) * tile
+        count = triton.cdiv(eights, part) * sets_of_codes
+        return cls((*blocks, count), part, count)
 
 
 def _row_blocks(rows: int, kind: str) -> int:

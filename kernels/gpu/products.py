@@ -46,17 +46,17 @@ def slots_of_unit(slots, place, tokens, UNIT: tl.constexpr):
 @triton.jit(do_not_specialize=UNSPECIALIZED)
 def multiply_each(
     x, codes, tables, bias, y, slots,
-    rows, columns, groups, units, quads, n_slots,
+    tokens, rows, columns, groups, units, quads, n_slots,
     BITS: tl.constexpr, PTX: tl.constexpr, HAS_SLOTS: tl.constexpr, HAS_BIAS: tl.constexpr,
     ROWS: tl.constexpr, EIGHTS: tl.constexpr,
 ):  # fmt: skip
     """A token times a block of rows, whatever the other tokens' slots are.
 
-    Grid: (tokens, blocks of rows): programs that read the same codes run side by side, so that only
-    one of them waits for memory.
+    Grid: blocks of rows times tokens: programs that read the same codes run side by side, so that
+    only one of them waits for memory.
     """
-    token = tl.program_id(0)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    token = tl.program_id(0) % tokens
+    row = tl.program_id(0) // tokens * ROWS + tl.arange(0, ROWS)
     has_row = row < rows
     safe_row = tl.where(has_row, row, 0)
     slot = tl.load(slots + token) if HAS_SLOTS else 0
@@ -102,39 +102,62 @@ def multiply_blocks(
     """
     place = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     has_token = place < tokens
+    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    part = tl.program_id(2)
     if HAS_SLOTS:
         if slots_of_unit(slots, tl.program_id(0) * TOKENS, tokens, TOKENS) > most_slots:
             return
         slot_of = tl.load(slots + place, mask=has_token, other=0)
+        left = has_token.to(tl.int32)
+        while tl.max(left) > 0:
+            slot = tl.max(tl.where(left > 0, slot_of, -2147483648))
+            mine = (left > 0) & (slot_of == slot)
+            left = tl.where(mine, 0, left)
+            safe_slot = tl.where((slot >= 0) & (slot < n_slots), slot, 0)
+            sums = sums_of_slot(
+                x, codes, tables, safe_slot, place, mine, row, part,
+                rows, columns, groups, units, quads, part_eights,
+                BITS, PTX, TOKENS, ROWS, EIGHTS,
+            )  # fmt: skip
+            # Not added to others': zeroed activations times an infinite entry are not zero.
+            store_part(parts, sums, slot_of, mine, place, row, part, tokens, rows, n_slots)
     else:
+        sums = sums_of_slot(
+            x, codes, tables, 0, place, has_token, row, part,
+            rows, columns, groups, units, quads, part_eights,
+            BITS, PTX, TOKENS, ROWS, EIGHTS,
+        )  # fmt: skip
         slot_of = tl.zeros((TOKENS,), tl.int32)
-    row = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    has_row = row < rows
-    safe_row = tl.where(has_row, row, 0)
-    part = tl.program_id(2)
+        store_part(parts, sums, slot_of, has_token, place, row, part, tokens, rows, n_slots)
+
+
+@triton.jit
+def sums_of_slot(
+    x, codes, tables, slot, place, mine, row, part,
+    rows, columns, groups, units, quads, part_eights,
+    BITS: tl.constexpr, PTX: tl.constexpr, TOKENS: tl.constexpr,
+    ROWS: tl.constexpr, EIGHTS: tl.constexpr,
+):  # fmt: skip
+    """One part of a slot's weight times those of a block's tokens that are ``mine``: float32
+    ``[ROWS, TOKENS]``."""
+    safe_row = tl.where(row < rows, row, 0)
     last = tl.minimum((part + 1) * part_eights, 4 * units)
     width = columns // groups
+    slot_tables = tables + tl.cast(slot, tl.int64) * rows * groups * (1 << BITS)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
-    left = has_token.to(tl.int32)
-    while tl.max(left) > 0:
-        slot = tl.max(tl.where(left > 0, slot_of, -2147483648))
-        mine = (left > 0) & (slot_of == slot)
-        left = tl.where(mine, 0, left)
-        safe_slot = tl.where((slot >= 0) & (slot < n_slots), slot, 0)
-        slot_tables = tables + tl.cast(safe_slot, tl.int64) * rows * groups * (1 << BITS)
-        for group in range(groups):
-            row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
-            row_tables = slot_tables + (safe_row * groups + group)[:, None] * (1 << BITS)
-            table = table_of(row_tables, BITS, PTX, x.dtype.element_ty)
-            for first in range(part * part_eights, last, EIGHTS):
-                eights = load_eights(row_words, first, units, BITS, EIGHTS)
-                weight = weights_of(eights, table, BITS, PTX, x.dtype.element_ty, ROWS, EIGHTS)
-                column = 8 * first + tl.arange(0, 8 * EIGHTS)
-                at = place[None, :] * columns + (group * width + column)[:, None]
-                mask = (column < width)[:, None] & mine[None, :]
-                given = tl.load(x + at, mask=mask, other=0.0)
-                sums = tl.dot(weight, given, sums, input_precision="ieee")
-    store_part(parts, sums, slot_of, place, row, part, tokens, rows, n_slots)
+    for group in range(groups):
+        row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
+        row_tables = slot_tables + (safe_row * groups + group)[:, None] * (1 << BITS)
+        table = table_of(row_tables, BITS, PTX, x.dtype.element_ty)
+        for first in range(part * part_eights, last, EIGHTS):
+            eights = load_eights(row_words, first, units, BITS, EIGHTS)
+            weight = weights_of(eights, table, BITS, PTX, x.dtype.element_ty, ROWS, EIGHTS)
+            column = 8 * first + tl.arange(0, 8 * EIGHTS)
+            at = place[None, :] * columns + (group * width + column)[:, None]
+            mask = (column < width)[:, None] & mine[None, :]
+            given = tl.load(x + at, mask=mask, other=0.0)
+            sums = tl.dot(weight, given, sums, input_precision="ieee")
+    return sums
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)
@@ -199,16 +222,16 @@ def multiply_by_buckets(
         found += sums1 * tl.load(tables + at + 1).to(tl.float32)
         found += sums2 * tl.load(tables + at + 2).to(tl.float32)
         found += sums3 * tl.load(tables + at + 3).to(tl.float32)
-    store_part(parts, found * scale, slot_of, place, row, part, tokens, rows, n_slots)
+    store_part(parts, found * scale, slot_of, has_token, place, row, part, tokens, rows, n_slots)
 
 
 @triton.jit
-def store_part(parts, sums, slot_of, place, row, part, tokens, rows, n_slots):
-    """One part's sums ``[rows, tokens]``, those of tokens whose slot has no tables as NaN."""
+def store_part(parts, sums, slot_of, chosen, place, row, part, tokens, rows, n_slots):
+    """One part's sums ``[rows, tokens]`` of the chosen tokens; if their slot has no tables, NaN."""
     known = (slot_of >= 0) & (slot_of < n_slots)
     sums = tl.where(known[None, :], sums, float("nan"))
     at = (part * tokens + place)[None, :] * rows + row[:, None]
-    tl.store(parts + at, sums, mask=(row < rows)[:, None] & (place < tokens)[None, :])
+    tl.store(parts + at, sums, mask=(row < rows)[:, None] & chosen[None, :])
 
 
 @triton.jit(do_not_specialize=UNSPECIALIZED)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from inspect import signature
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ def _is_frozen_rms_norm(module: nn.Module, dtype: torch.dtype) -> bool:
     if names != ["weight"] or not isinstance(weight, Tensor) or _epsilon(module) is None:
         return False
     if weight.dim() != 1 or weight.requires_grad or weight.dtype != dtype:
+        return False
+    if len(signature(module.forward).parameters) != 1:  # a gate, for one
         return False
     probe = torch.randn(_PROBE_TOKENS, len(weight), generator=torch.Generator().manual_seed(0))
     probe = probe.to(weight)

@@ -39,6 +39,7 @@ CASES = [
     (EACH, "each", None, {"HAS_SLOTS": True, "HAS_BIAS": True}),
     (BLOCKS, "few tokens", 16, {"HAS_SLOTS": False}),
     (BLOCKS, "few tokens", 32, {"HAS_SLOTS": False}),
+    (BLOCKS, "many tokens", 64, {"HAS_SLOTS": False}),
     (BLOCKS, "many tokens", 64, {"HAS_SLOTS": True}),
     (BUCKETS, "buckets", 16, {}),
     (BUCKETS, "buckets", 32, {}),

@@ -18,6 +18,7 @@ from spallm_serve.trainer.sparselora.settings import ATTENTION_LINEARS, MLP_LINE
 from spallm_serve.trainer.sparselora.slices import is_sliceable, values_of
 
 _PROBE_TOKENS = 4
+_PROBE_ERROR = 0.02
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _mlp(block: nn.Module, name: str, sparsity: float) -> Site:
     dtype = torch.float32 if isinstance(gate, SketchedLinear) else values.dtype
     generator = torch.Generator().manual_seed(0)
     probe = torch.randn(1, _PROBE_TOKENS, gate.in_features, generator=generator)
-    if not is_gated(block.get_submodule("mlp"), probe.to(values.device, dtype)):
+    if not is_gated(block.get_submodule("mlp"), probe.to(values.device, dtype), _PROBE_ERROR):
         raise _unsupported(name, "down_proj(act_fn(gate_proj(x)) * up_proj(x))")
     return Site(block, name, sparsity, linears)
 

@@ -69,12 +69,12 @@ def mlp_scores(
         gated += gate_bias
     if up_bias is not None:
         raised += up_bias
-    return _norms(activation(gated).mul_(raised))
+    return _norms_in_place(activation(gated).mul_(raised))
 
 
 def value_scores(x: Tensor, value: Factors) -> Tensor:
     """L2 norm over tokens of the values: float32 ``[kv channels]`` (section 3.1.1)."""
-    return _norms(value.estimate(x))
+    return _norms_in_place(value.estimate(x))
 
 
 def query_key_scores(x: Tensor, query: Factors, key: Factors, head: int) -> Tensor:
@@ -136,7 +136,6 @@ def query_channels(channels: Tensor, head: int, groups: int) -> Tensor:
     return (first[:, None] + steps).flatten().sort().values
 
 
-def _norms(x: Tensor) -> Tensor:
-    """L2 norm of each column of what is not needed any more; torch's own takes ten times as long
-    on CPUs."""
+def _norms_in_place(x: Tensor) -> Tensor:
+    """L2 norm of each column; torch's own takes ten times as long on CPUs."""
     return x.square_().sum(0).sqrt()

@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 from spallm_serve.benchmarks.training import kept_bytes
 from spallm_serve.models import load_model
@@ -69,3 +70,19 @@ def test_those_that_are_trained_or_other_stay(tmp_path: Path) -> None:
     for kind in ("gemma3", "gpt2"):
         assert keep_narrow_inputs(frozen(tmp_path, kind, torch.bfloat16), torch.bfloat16) == 0
     assert keep_narrow_inputs(frozen(tmp_path, "mistral", torch.float32), torch.float32) == 0
+
+
+def test_a_norm_that_is_given_a_gate_stays() -> None:
+    """Its forward pass takes a second tensor, in Bamba and Qwen3-Next for two."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(8, dtype=torch.bfloat16), requires_grad=False)
+            self.variance_epsilon = 1e-6
+
+        def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+            return LlamaRMSNorm.forward(self, x if gate is None else x * gate)  # type: ignore[arg-type]
+
+    model = nn.Sequential(Gated(), LlamaRMSNorm(8).bfloat16().requires_grad_(False))
+    assert keep_narrow_inputs(model, torch.bfloat16) == 1  # type: ignore[arg-type]
