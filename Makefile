@@ -4,6 +4,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 # Quick form of the demo, for CI: make demo QUICK=1
 QUICK ?=
+# Processes that test at a time; some of the tests take several GB.
+JOBS ?= 2
 
 .PHONY: setup test lint demo bench clean
 
@@ -28,7 +30,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 demo: setup
 	$(BIN)/python -m spallm_serve.benchmarks.demo $(if $(QUICK),--quick)

@@ -7,6 +7,11 @@ import secrets
 from collections.abc import Iterator
 from pathlib import Path
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # One of several processes: with all threads in each they would wait for one another. Before
+    # torch is imported, and for what tests start, too.
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import psycopg
 import pytest
 import torch

@@ -24,6 +24,7 @@ from spallm_serve.kernels.cpu.library import LEVELS, best_level, library
 from spallm_serve.kernels.native import NativeLibraryError
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.kernels.reference import dequantize
+from spallm_serve.kernels.reference_backend import ReferenceBackend
 
 BACKENDS = ("reference", *(f"cpu-{level}" for level in LEVELS), "triton")
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
@@ -181,6 +182,30 @@ def test_a_token_does_not_see_who_it_is_with(
             assert torch.equal(lut_linear(x[part], planes, tables, slots[part]), together[part])
 
     check()
+
+
+@pytest.fixture(params=[1, 4])
+def threads(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("tokens", [1, 9, 100])
+@pytest.mark.parametrize("name", [f"cpu-{level}" for level in LEVELS])
+def test_threads_share_out_rows(
+    name: str, tokens: int, threads: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a layer that is large enough for all of them to have some."""
+    force(monkeypatch, name)
+    case = make_case(4, rows=700, width=256, tokens=tokens)
+    assert_right(case)
+    dy = torch.randn(tokens, 700)
+    found = torch.ops.spallm.table_gradient(dy, case.x, prepared(case), case.tables, case.slots)
+    given = (dy, case.x, case.planes, case.tables, case.slots)
+    expected = ReferenceBackend().table_gradient(*given)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])
