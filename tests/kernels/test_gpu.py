@@ -17,7 +17,7 @@ from torch import Tensor
 from spallm_serve.kernels.gpu.layout import from_gpu_layout, to_gpu_layout
 from spallm_serve.kernels.packing import pack_codes
 from spallm_serve.kernels.reference_backend import ReferenceBackend
-from tests.kernels.test_lut_linear import Case, make_case
+from tests.kernels.cases import Case, make_case
 
 pytest.importorskip("triton")
 
