@@ -8,7 +8,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from spallm_serve.kernels.gpu.lookup import load_eights, single_codes
+from spallm_serve.kernels.gpu.lookup import load_eights, single_codes, words_of
 from spallm_serve.kernels.gpu.products import UNSPECIALIZED
 
 _ADD_IF_EQUAL = tl.constexpr(
@@ -34,7 +34,7 @@ def sum_by_code(
     safe_row = tl.where(has_row, row, 0)
     group = tl.program_id(1)
     width = columns // groups
-    row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
+    row_words = words_of(codes, safe_row, group, units, quads, BITS)
     kind = tl.arange(0, K)
     sums = tl.zeros((K, ROWS, 8 * EIGHTS), tl.float32)
     for first in range(0, 4 * units, EIGHTS):

@@ -22,6 +22,7 @@ from spallm_serve.kernels.gpu.lookup import (
     load_eights,
     table_of,
     weights_of,
+    words_of,
 )
 
 # Sizes that change from call to call or layer to layer; a program for each kind of them (one,
@@ -66,7 +67,7 @@ def multiply_each(
     width = columns // groups
     sums = tl.zeros((ROWS, EIGHTS), tl.float32)
     for group in range(groups):
-        row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
+        row_words = words_of(codes, safe_row, group, units, quads, BITS)
         row_tables = slot_tables + (safe_row * groups + group)[:, None] * (1 << BITS)
         table = table_of(row_tables, BITS, PTX, x.dtype.element_ty)
         given = x + token * columns + group * width
@@ -146,7 +147,7 @@ def sums_of_slot(
     slot_tables = tables + tl.cast(slot, tl.int64) * rows * groups * (1 << BITS)
     sums = tl.zeros((ROWS, TOKENS), tl.float32)
     for group in range(groups):
-        row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
+        row_words = words_of(codes, safe_row, group, units, quads, BITS)
         row_tables = slot_tables + (safe_row * groups + group)[:, None] * (1 << BITS)
         table = table_of(row_tables, BITS, PTX, x.dtype.element_ty)
         for first in range(part * part_eights, last, EIGHTS):
@@ -196,7 +197,7 @@ def multiply_by_buckets(
     identity = (index[:, None] == index[None, :]).to(tl.float16)
     found = tl.zeros((ROWS, TOKENS), tl.float32)
     for group in range(groups):
-        row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
+        row_words = words_of(codes, safe_row, group, units, quads, BITS)
         sums0 = tl.zeros((ROWS, TOKENS), tl.float32)
         sums1 = tl.zeros((ROWS, TOKENS), tl.float32)
         sums2 = tl.zeros((ROWS, TOKENS), tl.float32)
@@ -272,7 +273,7 @@ def dequantize(
     safe_row = tl.where(has_row, row, 0)
     group = tl.program_id(1)
     width = columns // groups
-    row_words = codes + (1 + safe_row) * (4 * quads) + group * units * BITS
+    row_words = words_of(codes, safe_row, group, units, quads, BITS)
     row_tables = tables + (safe_row * groups + group)[:, None] * (1 << BITS)
     dtype: tl.constexpr = weights.dtype.element_ty
     table = table_of(row_tables, BITS, PTX, dtype)

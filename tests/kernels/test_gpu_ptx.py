@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 pytest.importorskip("triton")
 
-from spallm_serve.kernels.gpu.lookup import lookup_ptx
+from spallm_serve.kernels.gpu.ptx import lookup_ptx
 
 WORD = 0xFFFFFFFF
 
