@@ -30,7 +30,7 @@ from spallm_serve.trainer.rms_norm import keep_narrow_inputs
 from spallm_serve.trainer.run import make_method
 from spallm_serve.trainer.settings import parse_train_settings
 from spallm_serve.trainer.sparselora.layers import SparseAttention, SparseMlp
-from spallm_serve.trainer.sparselora.tokens import SCORED_TOKENS
+from spallm_serve.trainer.sparselora.tokens import split_batch
 
 PEER = "lora"
 # How far a run is that every step is timed as part of: its first and last ones are dense.
@@ -86,11 +86,16 @@ class Prepared:
         kinds = (SparseMlp, SparseAttention)
         return [module for module in self.model.modules() if isinstance(module, kinds)]
 
-    def choose_channels(self) -> None:
-        """All that estimators do in a step."""
-        scored = torch.randn(SCORED_TOKENS, self.model.config.hidden_size)
+    def choose_channels(self, scored: Tensor) -> None:
+        """All that estimators do in a step, for activations ``[tokens, width]``."""
         for chooser in self.choosers():
             chooser.choose(scored)  # type: ignore[operator]
+
+    def scored(self) -> Tensor:
+        """As many random activations as channels are chosen for in the last batch."""
+        split = split_batch(self.last_batch)
+        tokens = 0 if split is None else len(split.scored)
+        return torch.randn(tokens, self.model.config.hidden_size)
 
     def backward(self) -> None:
         """Forward and backward pass over the next batch."""
@@ -156,7 +161,7 @@ def training_records(
     frozen = _frozen_kept_bytes(model_dir, prepared[PEER].last_batch, dtype)
     flops = {name: counted_flops(each.backward) for name, each in prepared.items()}
     choosing = {
-        name: interleaved({"choose": each.choose_channels}, seconds=1)["choose"].median
+        name: _choosing_seconds(each)
         for name, each in prepared.items()
         if each.choosers()
     }
@@ -288,6 +293,12 @@ def _frozen_kept_bytes(model_dir: Path, batch: Batch, dtype: torch.dtype) -> int
     model = LossModel(lm)
     with inputs_that_take_gradients(lm):
         return kept_bytes(lambda: model(**batch)["loss"].backward(), model)
+
+
+def _choosing_seconds(prepared: Prepared) -> float:
+    scored = prepared.scored()
+    choose = {"choose": lambda: prepared.choose_channels(scored)}
+    return interleaved(choose, seconds=1)["choose"].median
 
 
 def _base(model_dir: Path, bits: int | None, scratch: Path) -> Path:

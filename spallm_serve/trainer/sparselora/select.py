@@ -40,8 +40,8 @@ def kept_pairs(channels: int, sparsity: float) -> int:
 
 
 def strongest(scores: Tensor, count: int) -> Tensor:
-    """The places of the ``count`` highest scores, int64, ascending; of equals the lowest place."""
-    return scores.argsort(descending=True, stable=True)[:count].sort().values
+    """The places of the ``count`` highest scores, int64, ascending."""
+    return scores.topk(count, sorted=False).indices.sort().values
 
 
 def mlp_scores(

@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -54,8 +56,13 @@ def test_pairs_kept_are_half_the_channels_and_at_least_one() -> None:
     assert kept_pairs(12, 0.97) == 1
 
 
-def test_equal_scores_are_taken_from_the_lowest() -> None:
-    assert strongest(torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0]), 3).tolist() == [0, 1, 3]
+@given(st.data())
+def test_the_strongest_come_in_order_and_none_left_out_is_stronger(data: st.DataObject) -> None:
+    scores = data.draw(st.lists(st.integers(0, 5), min_size=1, max_size=40))  # many are equal
+    count = data.draw(st.integers(1, len(scores)))
+    found = strongest(torch.tensor(scores, dtype=torch.float32), count).tolist()
+    assert len(found) == count and found == sorted(set(found))
+    assert sorted(scores[place] for place in found) == sorted(scores)[len(scores) - count :]
 
 
 @pytest.mark.parametrize("bias", [False, True])
