@@ -8,7 +8,7 @@ from pathlib import Path
 
 from spallm_serve.kernels.native import load_native
 
-LEVELS = ("scalar", "avx2", "avx512")
+LEVELS = ("scalar", "avx2", "avx512", "avx512bf16")
 
 _POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _CODES = (_POINTER, _I64, _I64, _I64, _I32)  # codes, rows, columns, groups, bits

@@ -1,28 +1,22 @@
-// AVX2: rows are decoded to float32 and multiplied there. Eight entries fit a register; sixteen take
-// two look-ups and a choice by the code's highest bit.
+// AVX2, products in float32. Eight entries fit a register; sixteen take two look-ups and a choice by
+// the code's highest bit. A step is multiplied in two halves of sixteen columns, each the even ones
+// and then the odd ones, which is how codes lie in the two halves of a word.
 
 #if defined(__x86_64__)
-#pragma GCC target("avx2,fma")
+#pragma GCC target("avx2,fma,f16c")
 
 #include <immintrin.h>
 
-#include "layout.h"
-
-#define ALWAYS_INLINE __attribute__((always_inline))
-#define INLINE inline ALWAYS_INLINE
+#include "tile.h"
 
 namespace spallm {
 namespace {
 
-template <int Bits>
-struct Table {
-  __m256 low, high;
+constexpr int kLanes = 8;
 
-  explicit INLINE Table(const float* entries) {
-    low = Bits == 2 ? _mm256_broadcast_ps(reinterpret_cast<const __m128*>(entries))
-                    : _mm256_loadu_ps(entries);
-    high = Bits == 4 ? _mm256_loadu_ps(entries + 8) : low;
-  }
+template <int Bits>
+struct FloatTable {
+  __m256 low, high;  // of 16 entries; else all are in `low`
 
   // Bits of an index above the code's own do not matter.
   INLINE __m256 look_up(__m256i index) const {
@@ -33,47 +27,128 @@ struct Table {
   }
 };
 
-// The indices of eight columns, from column 8 * eighth of a step on.
+INLINE __m256 load_eight(const char* entries, Type type) {
+  if (type == kFloat32) return _mm256_loadu_ps(reinterpret_cast<const float*>(entries));
+  const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(entries));
+  if (type == kFloat16) return _mm256_cvtph_ps(words);
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(words), 16));
+}
+
+// Four entries, twice.
+INLINE __m256 load_four(const char* entries, Type type) {
+  if (type == kFloat32) return _mm256_broadcast_ps(reinterpret_cast<const __m128*>(entries));
+  int64_t words;
+  __builtin_memcpy(&words, entries, sizeof words);
+  alignas(16) const int64_t twice[2] = {words, words};
+  return load_eight(reinterpret_cast<const char*>(twice), type);
+}
+
 template <int Bits>
-INLINE __m256i indices(const uint8_t* group, int64_t step, int eighth) {
-  if constexpr (Bits == 2) {
-    const uint8_t* at = group + (step / 8) * kChunk + eighth * 16;
-    const __m128i words = _mm_loadu_si128(reinterpret_cast<const __m128i*>(at));
-    const __m128i even = _mm_srl_epi32(words, _mm_cvtsi32_si128(static_cast<int>(4 * (step % 8))));
-    const __m128i odd = _mm_srli_epi32(even, 2);
-    return _mm256_set_m128i(_mm_unpackhi_epi32(even, odd), _mm_unpacklo_epi32(even, odd));
-  } else {
-    const int64_t bit = Bits * step;
-    const int shift = static_cast<int>(bit % 16);
-    const uint8_t* at = group + (bit / 16) * kChunk + eighth * 16;
-    __m128i words = _mm_srl_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)),
-                                  _mm_cvtsi32_si128(shift));
-    if (shift + Bits > 16)
-      words = _mm_or_si128(
-          words, _mm_sll_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at + kChunk)),
-                               _mm_cvtsi32_si128(16 - shift)));
-    return _mm256_cvtepu16_epi32(words);
+INLINE FloatTable<Bits> load_table(const char* entries, Type type) {
+  const __m256 low = Bits == 2 ? load_four(entries, type) : load_eight(entries, type);
+  return {low, Bits == 4 ? load_eight(entries + 8 * size_of(type), type) : low};
+}
+
+struct Pair {
+  __m256 even, odd;
+};
+
+struct Float32 {
+  using X = float;
+  using Values = Pair;
+  using Sum = __m256;
+  using Codes = const uint8_t*;
+  template <int Bits>
+  using Index = __m256i;
+  template <int Bits>
+  using Table = FloatTable<Bits>;
+  template <int Bits>
+  using Weights = Pair;
+  static constexpr int kParts = 2, kPartColumns = 2 * kLanes;
+  static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
+
+  static INLINE Sum zero() { return _mm256_setzero_ps(); }
+  static INLINE Codes codes(const uint8_t* at) { return at; }
+
+  template <int Bits, int Step, int Part>
+  static INLINE __m256i index(const Codes* chunk) {
+    const auto words = [&](int number) ALWAYS_INLINE {
+      return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk[number] + 32 * Part));
+    };
+    if constexpr (Bits == 2) {
+      return _mm256_srli_epi32(words(0), 4 * Step);
+    } else {
+      constexpr int kBit = Bits * Step, kWord = kBit / 16, kShift = kBit % 16;
+      const __m256i low = _mm256_srli_epi16(words(kWord), kShift);
+      if constexpr (kShift + Bits > 16)
+        return _mm256_or_si256(low, _mm256_slli_epi16(words(kWord + 1), 16 - kShift));
+      else
+        return low;
+    }
   }
+
+  template <int Bits>
+  static INLINE FloatTable<Bits> table(const char* entries, Type type) {
+    return load_table<Bits>(entries, type);
+  }
+
+  template <int Bits>
+  static INLINE Pair look_up(__m256i index, const FloatTable<Bits>& table) {
+    const __m256i odd = _mm256_srli_epi32(index, Bits == 2 ? 2 : 16);
+    return {table.look_up(index), table.look_up(odd)};
+  }
+
+  static INLINE Pair values(const float* x) {
+    return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + kLanes)};
+  }
+
+  static INLINE __m256 multiply_add(__m256 sum, const Pair& values, const Pair& weights) {
+    return _mm256_fmadd_ps(values.odd, weights.odd,
+                           _mm256_fmadd_ps(values.even, weights.even, sum));
+  }
+
+  // The sums of the lanes of four registers, in their order.
+  static INLINE void lane_sums(__m256 a, __m256 b, __m256 c, __m256 d, float* out) {
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(a, b), _mm256_hadd_ps(c, d));
+    _mm_store_ps(out,
+                 _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+};
+
+// The weights of one step in column order, from Step on: they are 32 floats.
+template <int Bits, int Step>
+INLINE void decode_step(const uint8_t* const* chunk, const FloatTable<Bits>& table, float* out) {
+  const auto half = [&](__m256i index, float* at) ALWAYS_INLINE {
+    const Pair weights = Float32::look_up<Bits>(index, table);
+    const __m256 low = _mm256_unpacklo_ps(weights.even, weights.odd);
+    const __m256 high = _mm256_unpackhi_ps(weights.even, weights.odd);
+    _mm256_storeu_ps(at, _mm256_permute2f128_ps(low, high, 0x20));
+    _mm256_storeu_ps(at + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
+  };
+  half(Float32::index<Bits, Step, 0>(chunk), out);
+  half(Float32::index<Bits, Step, 1>(chunk), out + 2 * kLanes);
 }
 
-template <int Bits>
-INLINE void decode_step(const uint8_t* group, const Table<Bits>& table, int64_t step, float* out) {
-#pragma GCC unroll 4
-  for (int eighth = 0; eighth < 4; ++eighth)
-    _mm256_storeu_ps(out + 8 * eighth, table.look_up(indices<Bits>(group, step, eighth)));
-}
-
-template <int Bits, typename Out, typename Store>
+template <int Bits, typename Out, typename Store, int... Steps>
 INLINE void decode_groups(const Layout& layout, const uint8_t* codes, const float* tables, Out* out,
-                          int64_t group_stride, Store&& store) {
+                          int64_t group_stride, Store&& store,
+                          std::integer_sequence<int, Steps...>) {
+  constexpr int kBlockColumns = kBlockSteps<Bits> * kStep;
   for (int64_t g = 0; g < layout.groups; ++g) {
     const uint8_t* group = codes + g * layout.chunks() * kChunk;
-    const Table<Bits> table(tables + g * layout.entries());
-    for (int64_t start = 0; start < group_stride; start += kStep) {
-      float weights[kStep];
-      decode_step<Bits>(group, table, start / kStep, weights);
+    const auto table =
+        load_table<Bits>(reinterpret_cast<const char*>(tables + g * layout.entries()), kFloat32);
+    for (int64_t start = 0; start < group_stride; start += kBlockColumns) {
       const int64_t left = group_stride - start;
-      store(weights, out + g * group_stride + start, left < kStep ? left : kStep);
+      const uint8_t* chunk[kBlockChunks<Bits>];
+      for (int c = 0; c < kBlockChunks<Bits>; ++c) chunk[c] = group + c * kChunk;
+      group += kBlockChunks<Bits> * kChunk;
+      float weights[kBlockColumns];
+      ((Steps * kStep < left
+            ? decode_step<Bits, Steps>(chunk, table, weights + Steps * kStep)
+            : void()),
+       ...);
+      store(weights, out + g * group_stride + start, left < kBlockColumns ? left : kBlockColumns);
     }
   }
 }
@@ -81,9 +156,14 @@ INLINE void decode_groups(const Layout& layout, const uint8_t* codes, const floa
 template <typename Out, typename Store>
 INLINE void decode(const Layout& layout, const uint8_t* codes, const float* tables, Out* out,
                    int64_t group_stride, Store&& store) {
-  if (layout.bits == 2) decode_groups<2>(layout, codes, tables, out, group_stride, store);
-  else if (layout.bits == 3) decode_groups<3>(layout, codes, tables, out, group_stride, store);
-  else decode_groups<4>(layout, codes, tables, out, group_stride, store);
+  const auto with = [&](auto bits) ALWAYS_INLINE {
+    constexpr int kBits = decltype(bits)::value;
+    decode_groups<kBits>(layout, codes, tables, out, group_stride, store,
+                         std::make_integer_sequence<int, kBlockSteps<kBits>>{});
+  };
+  if (layout.bits == 2) with(std::integral_constant<int, 2>{});
+  else if (layout.bits == 3) with(std::integral_constant<int, 3>{});
+  else with(std::integral_constant<int, 4>{});
 }
 
 void decode_float32(const Layout& layout, const uint8_t* codes, const float* tables, float* out,
@@ -102,28 +182,10 @@ void decode_bfloat16(const Layout& layout, const uint8_t* codes, const float* ta
          });
 }
 
-float dot_float32(const float* a, const float* b, int64_t count) {
-  __m256 sums[4] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
-                    _mm256_setzero_ps()};
-  int64_t j = 0;
-  for (; j + 32 <= count; j += 32)
-#pragma GCC unroll 4
-    for (int c = 0; c < 4; ++c)
-      sums[c] = _mm256_fmadd_ps(_mm256_loadu_ps(a + j + 8 * c), _mm256_loadu_ps(b + j + 8 * c),
-                                sums[c]);
-  float lanes[8];
-  _mm256_storeu_ps(lanes, _mm256_add_ps(_mm256_add_ps(sums[0], sums[1]),
-                                        _mm256_add_ps(sums[2], sums[3])));
-  float total = 0;
-  for (int lane = 0; lane < 8; ++lane) total += lanes[lane];
-  for (; j < count; ++j) total += a[j] * b[j];
-  return total;
-}
-
 }  // namespace
 
 const Kernels kAvx2 = {
-    "avx2", nullptr, decode_float32, decode_bfloat16, dot_float32, scalar_bucket_sums,
+    kLanes, nullptr, dot<Float32>, decode_float32, decode_bfloat16, scalar_bucket_sums,
 };
 
 }  // namespace spallm

@@ -60,14 +60,19 @@ struct Batch {
 
 // What an instruction set offers. Rows of codes start on 64 bytes where the caller's buffer does.
 struct Kernels {
-  const char* name;
+  // In the order that dot_float32 reads activations in, of every 2 * lanes columns the even ones come
+  // first.
+  int lanes;
 
-  // products[t * kRowBlock + r] of up to kRowBlock successive rows with a batch of bfloat16 tokens;
-  // null where there is no bfloat16 arithmetic.
+  // products[t * kRowBlock + r] of up to kRowBlock successive rows with a batch of tokens.
   //   tables: for each token the first row's tables in `type`; x: for each token its padded row.
+  // That of bfloat16 rounds the tables to it, and is null where there is no bfloat16 arithmetic.
   void (*dot_bfloat16)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
                        const char* const* tables, Type type, const uint16_t* const* x,
                        float* products);
+  void (*dot_float32)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                      const char* const* tables, Type type, const float* const* x,
+                      float* products);
 
   // The weights of one row from its float32 tables. Group g starts at out + g * group_stride; where
   // that is the bare width, nothing is written beyond it.
@@ -75,8 +80,6 @@ struct Kernels {
                          int64_t group_stride);
   void (*decode_bfloat16)(const Layout& layout, const uint8_t* codes, const float* tables,
                           uint16_t* out, int64_t group_stride);
-
-  float (*dot_float32)(const float* a, const float* b, int64_t count);
 
   // sums[g, k] = sum of values[j] over the columns j of group g with code k; overwrites.
   void (*bucket_sums)(const Layout& layout, const uint8_t* codes, const float* values, float* sums);
@@ -89,6 +92,7 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
 extern const Kernels kScalar;
 extern const Kernels kAvx2;
 extern const Kernels kAvx512;
+extern const Kernels kAvx512Bfloat16;
 
 // Rounds to nearest, ties to even; NaN stays NaN.
 inline uint16_t to_bfloat16(float value) {

@@ -39,7 +39,8 @@ class Scratch {
 
 const Kernels& kernels(int32_t level) {
 #if defined(__x86_64__)
-  return level == 2 ? kAvx512 : level == 1 ? kAvx2 : kScalar;
+  static const Kernels* const kLevels[] = {&kScalar, &kAvx2, &kAvx512, &kAvx512Bfloat16};
+  return *kLevels[level];
 #else
   (void)level;
   return kScalar;
@@ -84,21 +85,59 @@ void make_batches(int64_t tokens, const int32_t* slots, const char* tables, int6
   }
 }
 
-// x as the kernels read it: groups filled up with zeros to whole steps, in `to`.
-const char* prepared(const Layout& layout, const char* x, Type from, Type to, int64_t tokens,
-                     Scratch& scratch) {
-  if (from == to && !layout.is_padded()) return x;
-  const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
-  char* out = scratch.at_least(tokens * layout.padded() * size_of(to));
+// x in bfloat16 as its kernels read it: groups filled up with zeros to whole steps.
+const char* prepared_bfloat16(const Layout& layout, const char* x, int64_t tokens,
+                              Scratch& scratch) {
+  if (!layout.is_padded()) return x;
+  const int64_t width = layout.width() * 2, padded_width = layout.steps() * kStep * 2;
+  char* out = scratch.at_least(tokens * layout.padded() * 2);
   for (int64_t part = 0; part < tokens * layout.groups; ++part) {
-    char* at = out + part * padded_width * size_of(to);
-    if (from == to) {
-      std::memcpy(at, x + part * width * size_of(from), width * size_of(from));
-    } else {
-      for (int64_t j = 0; j < width; ++j) store(at, j, to, load(x, part * width + j, from));
-    }
-    std::memset(at + width * size_of(to), 0, (padded_width - width) * size_of(to));
+    char* at = out + part * padded_width;
+    std::memcpy(at, x + part * width, width);
+    std::memset(at + width, 0, padded_width - width);
   }
+  return out;
+}
+
+// One group of a token's activations, see Kernels::lanes.
+void arrange(const char* x, Type type, int64_t width, int64_t padded_width, int lanes, float* out) {
+  int64_t j = 0;
+  for (; j + 2 * lanes <= width; j += 2 * lanes) {
+    float *even = out + j, *odd = out + j + lanes;
+    if (type == kBfloat16) {  // loops of their own: the compiler makes vectors of them
+      const char* from = x + 2 * j;
+      for (int lane = 0; lane < lanes; ++lane) {
+        uint32_t both;
+        std::memcpy(&both, from + 4 * lane, sizeof both);
+        even[lane] = bits_to_float(both << 16);
+        odd[lane] = bits_to_float(both & 0xffff0000u);
+      }
+    } else if (type == kFloat32) {
+      const float* from = reinterpret_cast<const float*>(x) + j;
+      for (int lane = 0; lane < lanes; ++lane) {
+        even[lane] = from[2 * lane];
+        odd[lane] = from[2 * lane + 1];
+      }
+    } else {
+      for (int lane = 0; lane < lanes; ++lane) {
+        even[lane] = load(x, j + 2 * lane, type);
+        odd[lane] = load(x, j + 2 * lane + 1, type);
+      }
+    }
+  }
+  const int64_t whole = j;
+  std::fill(out + whole, out + padded_width, 0.0f);
+  for (; j < width; ++j) out[whole + (j - whole) / 2 + (j - whole) % 2 * lanes] = load(x, j, type);
+}
+
+const char* prepared_float32(const Layout& layout, const char* x, Type type, int64_t tokens,
+                             int lanes, Scratch& scratch) {
+  if (lanes == 1 && type == kFloat32 && !layout.is_padded()) return x;
+  const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
+  char* out = scratch.at_least(tokens * layout.padded() * sizeof(float));
+  for (int64_t part = 0; part < tokens * layout.groups; ++part)
+    arrange(x + part * width * size_of(type), type, width, padded_width, lanes,
+            reinterpret_cast<float*>(out) + part * padded_width);
   return out;
 }
 
@@ -133,34 +172,19 @@ struct Output {
   }
 };
 
-void rows_bfloat16(const Kernels& with, const Layout& layout, const uint8_t* codes, int rows,
-                   const Batch& batch, int64_t table_offset, Type table_type, const char* x,
-                   float* products) {
+// Some rows with one batch, by either of Kernels' dot products.
+template <typename X>
+void rows_of_batch(void (*dot)(const Layout&, const uint8_t*, int, const Batch&,
+                               const char* const*, Type, const X* const*, float*),
+                   const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                   int64_t table_offset, Type table_type, const char* x, float* products) {
   const char* tables[kMaxTokens];
-  const uint16_t* tokens[kMaxTokens];
+  const X* tokens[kMaxTokens];
   for (int t = 0; t < batch.count; ++t) {
     tables[t] = batch.tables[t] + table_offset;
-    tokens[t] = reinterpret_cast<const uint16_t*>(x) + batch.token[t] * layout.padded();
+    tokens[t] = reinterpret_cast<const X*>(x) + batch.token[t] * layout.padded();
   }
-  with.dot_bfloat16(layout, codes, rows, batch, tables, table_type, tokens, products);
-}
-
-void row_float32(const Kernels& with, const Layout& layout, const uint8_t* codes,
-                 const Batch& batch, int64_t table_offset, Type table_type, const char* x,
-                 float* products, Scratch& scratch) {
-  const int64_t entries = layout.groups * layout.entries();
-  float* tables = reinterpret_cast<float*>(
-      scratch.at_least((entries + layout.padded()) * sizeof(float)));
-  float* weights = tables + entries;
-  for (int t = 0; t < batch.count; ++t) {
-    if (t == 0 || !batch.one_slot) {
-      load_floats(batch.tables[t] + table_offset, table_type, entries, tables);
-      with.decode_float32(layout, codes, tables, weights, layout.steps() * kStep);
-    }
-    products[t * kRowBlock] = with.dot_float32(
-        weights, reinterpret_cast<const float*>(x) + batch.token[t] * layout.padded(),
-        layout.padded());
-  }
+  dot(layout, codes, rows, batch, tables, table_type, tokens, products);
 }
 
 }  // namespace
@@ -171,16 +195,16 @@ using namespace spallm;
 #pragma GCC visibility push(default)
 extern "C" {
 
-// The best level this processor has: 0 scalar, 1 AVX2, 2 AVX-512 with bfloat16.
+// The best level this processor has: 0 scalar, 1 AVX2, 2 AVX-512, 3 AVX-512 with bfloat16.
 int32_t spallm_cpu_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
+  // Every processor with AVX2 converts float16, too.
   if (!__builtin_cpu_supports("avx2") || !__builtin_cpu_supports("fma")) return 0;
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-      __builtin_cpu_supports("avx512bf16"))
-    return 2;
-  return 1;
+  if (!__builtin_cpu_supports("avx512f") || !__builtin_cpu_supports("avx512bw") ||
+      !__builtin_cpu_supports("avx512vl") || !__builtin_cpu_supports("avx512dq"))
+    return 1;
+  return __builtin_cpu_supports("avx512bf16") ? 3 : 2;
 #else
   return 0;
 #endif
@@ -209,7 +233,8 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
   make_batches(tokens, slots, tables, rows * row_table, order, batches);
   const bool in_bfloat16 = type == kBfloat16 && with.dot_bfloat16 != nullptr;
   const char* values =
-      prepared(layout, x, type, in_bfloat16 ? kBfloat16 : kFloat32, tokens, activations);
+      in_bfloat16 ? prepared_bfloat16(layout, x, tokens, activations)
+                  : prepared_float32(layout, x, type, tokens, with.lanes, activations);
   const Output output{y, type, bias, static_cast<Type>(bias_type), rows};
   const Batch* batch = batches.data();
   const int64_t n_batches = static_cast<int64_t>(batches.size());
@@ -217,19 +242,18 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
 
 #pragma omp parallel for schedule(static) num_threads(threads_for(rows * columns * tokens, blocks))
   for (int64_t block = 0; block < blocks; ++block) {
-    thread_local Scratch weights;
     const int64_t row = block * kRowBlock;
     const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - row));
     const uint8_t* at = codes + row * layout.row_bytes();
     for (int64_t b = 0; b < n_batches; ++b) {
       float products[kMaxTokens * kRowBlock];
-      if (in_bfloat16) {
-        rows_bfloat16(with, layout, at, count, batch[b], row * row_table, stored, values, products);
-      } else {
-        for (int r = 0; r < count; ++r)
-          row_float32(with, layout, at + r * layout.row_bytes(), batch[b], (row + r) * row_table,
-                      stored, values, products + r, weights);
-      }
+      const int64_t offset = row * row_table;
+      if (in_bfloat16)
+        rows_of_batch(with.dot_bfloat16, layout, at, count, batch[b], offset, stored, values,
+                      products);
+      else
+        rows_of_batch(with.dot_float32, layout, at, count, batch[b], offset, stored, values,
+                      products);
       output.put(batch[b], row, count, products);
     }
   }

@@ -1,6 +1,9 @@
-// Plain C++: what runs where there is neither AVX2 nor AVX-512, and the tails of those that do.
+// Plain C++: what runs where there is neither AVX2 nor AVX-512, and what AVX2 has no better way for.
+
+#include <vector>
 
 #include "layout.h"
+#include "numbers.h"
 
 namespace spallm {
 namespace {
@@ -19,7 +22,7 @@ void decode(const Layout& layout, const uint8_t* codes, const float* tables, Out
 float same(float value) { return value; }
 uint16_t rounded(float value) { return to_bfloat16(value); }
 
-float dot(const float* a, const float* b, int64_t count) {
+float sum_of_products(const float* a, const float* b, int64_t count) {
   // Four chains, so that additions need not wait for each other.
   float sums[4] = {0, 0, 0, 0};
   int64_t j = 0;
@@ -27,6 +30,23 @@ float dot(const float* a, const float* b, int64_t count) {
     for (int lane = 0; lane < 4; ++lane) sums[lane] += a[j + lane] * b[j + lane];
   for (; j < count; ++j) sums[0] += a[j] * b[j];
   return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+}
+
+void dot_float32(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                 const char* const* tables, Type type, const float* const* x, float* products) {
+  thread_local std::vector<float> entries, weights;
+  const int64_t count = layout.groups * layout.entries();
+  entries.resize(count);
+  weights.resize(layout.padded());
+  for (int r = 0; r < rows; ++r, codes += layout.row_bytes())
+    for (int t = 0; t < batch.count; ++t) {
+      if (t == 0 || !batch.one_slot) {
+        for (int64_t k = 0; k < count; ++k) entries[k] = load(tables[t], r * count + k, type);
+        decode<float, same>(layout, codes, entries.data(), weights.data(),
+                            layout.steps() * kStep);
+      }
+      products[t * kRowBlock + r] = sum_of_products(weights.data(), x[t], layout.padded());
+    }
 }
 
 }  // namespace
@@ -50,7 +70,7 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
 }
 
 const Kernels kScalar = {
-    "scalar", nullptr, decode<float, same>, decode<uint16_t, rounded>, dot, scalar_bucket_sums,
+    1, nullptr, dot_float32, decode<float, same>, decode<uint16_t, rounded>, scalar_bucket_sums,
 };
 
 }  // namespace spallm

@@ -1,0 +1,205 @@
+// Products of a batch of tokens with rows of codes, for any instruction set that describes its
+// arithmetic:
+//
+//   struct Math {
+//     using X;                       // of activations, as they lie in memory
+//     using Values;                  // those of one part of a step
+//     using Sum;                     // a register of float32
+//     using Codes;                   // of one chunk: a register, or where it lies
+//     template <int Bits> using Index, Table, Weights;
+//     kParts, kPartColumns           // a step is multiplied in so many parts
+//     kFewTokens, kFewRows           // up to so many tokens take so many rows at a time
+//     kManyRows                      // more tokens than that
+//     zero(), codes(at), index<Bits, Step>(chunks, part), table<Bits>(entries, type),
+//     look_up<Bits>(index, table), values(x), multiply_add(sum, values, weights),
+//     lane_sums(four sums, out)
+//   };
+//
+// To be included after the file's target pragma.
+
+#pragma once
+
+#include <utility>
+
+#include "layout.h"
+#include "numbers.h"
+
+#define ALWAYS_INLINE __attribute__((always_inline))
+#define INLINE inline ALWAYS_INLINE
+
+namespace spallm {
+namespace {
+
+template <int Bits>
+constexpr int kBlockSteps = Bits == 4 ? 4 : Bits == 3 ? 16 : 8;  // whole chunks' worth
+template <int Bits>
+constexpr int kBlockChunks = Bits == 3 ? 3 : 1;
+
+// Chunks that the first `live` steps of a block lie in.
+template <int Bits>
+INLINE int live_chunks(int live) {
+  return Bits == 3 ? (3 * live + 15) / 16 : 1;
+}
+
+// Rows and tokens whose products are summed at a time. One load of a token's activations serves all
+// of the rows; an output has one sum, in the order of the steps, whatever other tokens there are.
+template <typename Math, int Bits, int Rows, int Tokens, bool OneSlot>
+struct Tile {
+  static constexpr int kTables = OneSlot ? 1 : Tokens;
+
+  typename Math::template Table<Bits> tables[Rows][kTables];
+  typename Math::Sum sums[Rows][Tokens];
+
+  template <int Step, int Part>
+  INLINE void multiply(const typename Math::Codes (*chunk)[kBlockChunks<Bits>],
+                       const typename Math::X* const* x, int64_t column) {
+    typename Math::template Index<Bits> at[Rows];
+    typename Math::template Weights<Bits> weights[Rows];
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r) {
+      at[r] = Math::template index<Bits, Step, Part>(chunk[r]);
+      weights[r] = Math::template look_up<Bits>(at[r], tables[r][0]);
+    }
+#pragma GCC unroll 8
+    for (int t = 0; t < Tokens; ++t) {
+      const typename Math::Values values =
+          Math::values(x[t] + column + Step * kStep + Part * Math::kPartColumns);
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r) {
+        if (!OneSlot && t > 0) weights[r] = Math::template look_up<Bits>(at[r], tables[r][t]);
+        sums[r][t] = Math::multiply_add(sums[r][t], values, weights[r]);
+      }
+    }
+  }
+
+  template <int Step, int... Parts>
+  INLINE void multiply_step(const typename Math::Codes (*chunk)[kBlockChunks<Bits>],
+                            const typename Math::X* const* x, int64_t column,
+                            std::integer_sequence<int, Parts...>) {
+    (multiply<Step, Parts>(chunk, x, column), ...);
+  }
+
+  // Only the first `live` steps of the block are there.
+  template <int... Steps>
+  INLINE void multiply_block(const uint8_t* codes, int64_t row_bytes,
+                             const typename Math::X* const* x, int64_t column, int live,
+                             std::integer_sequence<int, Steps...>) {
+    constexpr auto kEachPart = std::make_integer_sequence<int, Math::kParts>{};
+    typename Math::Codes chunk[Rows][kBlockChunks<Bits>];
+    const int chunks = live_chunks<Bits>(live);
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < kBlockChunks<Bits>; ++c)
+        // A chunk that is not there is not used either, but is not read.
+        chunk[r][c] = Math::codes(codes + r * row_bytes + (c < chunks ? c : 0) * kChunk);
+    ((Steps < live ? multiply_step<Steps>(chunk, x, column, kEachPart) : void()), ...);
+  }
+
+  // products[t * kRowBlock + r].
+  INLINE void put(float* products) const {
+    constexpr int kSums = Rows * Tokens;
+    const auto total = [&](int place) ALWAYS_INLINE {
+      return place < kSums ? sums[place % Rows][place / Rows] : Math::zero();
+    };
+#pragma GCC unroll 4
+    for (int start = 0; start < kSums; start += 4) {
+      alignas(16) float four[4];
+      Math::lane_sums(total(start), total(start + 1), total(start + 2), total(start + 3), four);
+#pragma GCC unroll 4
+      for (int k = 0; k < 4; ++k)
+        if (start + k < kSums)
+          products[(start + k) / Rows * kRowBlock + (start + k) % Rows] = four[k];
+    }
+  }
+};
+
+// products[t * kRowBlock + r] of `rows` rows, Rows at a time; a rest is left out.
+template <typename Math, int Bits, int Rows, int Tokens, bool OneSlot>
+void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char* const* tables,
+               Type type, const typename Math::X* const* x, float* products) {
+  constexpr int kSteps = kBlockSteps<Bits>;
+  constexpr auto kEach = std::make_integer_sequence<int, kSteps>{};
+  using Sums = Tile<Math, Bits, Rows, Tokens, OneSlot>;
+  const int64_t steps = layout.steps(), chunks = layout.chunks(), row_bytes = layout.row_bytes();
+  const int64_t groups = layout.groups, table_bytes = layout.entries() * size_of(type);
+  for (int row = 0; row + Rows <= rows; row += Rows, codes += Rows * row_bytes) {
+    // What the next block needs: the processor's own guess ends at every page.
+    const char* ahead = reinterpret_cast<const char*>(codes + rows * row_bytes);
+    for (int64_t at = 0; at < Rows * row_bytes; at += kChunk) __builtin_prefetch(ahead + at);
+    Sums tile;
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int t = 0; t < Tokens; ++t) tile.sums[r][t] = Math::zero();
+    for (int64_t g = 0; g < groups; ++g) {
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < Sums::kTables; ++t)
+          tile.tables[r][t] = Math::template table<Bits>(
+              tables[t] + ((row + r) * groups + g) * table_bytes, type);
+      const uint8_t* chunk = codes + g * chunks * kChunk;
+      int64_t step = 0;
+      for (; step + kSteps <= steps; step += kSteps, chunk += kBlockChunks<Bits> * kChunk)
+        tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep, kSteps, kEach);
+      if (step < steps)
+        tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep,
+                            static_cast<int>(steps - step), kEach);
+    }
+    tile.put(products + row);
+  }
+}
+
+template <typename Math>
+using DotTiles = void (*)(const Layout&, const uint8_t*, int, const char* const*, Type,
+                          const typename Math::X* const*, float*);
+
+template <typename Math, int Bits, int Rows, bool OneSlot, int... Counts>
+DotTiles<Math> dot_for(int count, std::integer_sequence<int, Counts...>) {
+  static constexpr DotTiles<Math> kFor[] = {dot_tiles<Math, Bits, Rows, Counts + 1, OneSlot>...};
+  return kFor[count - 1];
+}
+
+template <typename Math, int Bits, int Rows, int MaxTokens, int MaxSlots>
+DotTiles<Math> dot_for(const Batch& batch) {
+  constexpr auto kTokens = std::make_integer_sequence<int, MaxTokens>{};
+  constexpr auto kSlots = std::make_integer_sequence<int, MaxSlots>{};
+  return batch.one_slot ? dot_for<Math, Bits, Rows, true>(batch.count, kTokens)
+                        : dot_for<Math, Bits, Rows, false>(batch.count, kSlots);
+}
+
+template <typename Math, int Bits>
+void dot_rows(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+              const char* const* tables, Type type, const typename Math::X* const* x,
+              float* products) {
+  // A product waits for the one before in the same sum, so several sums have to be under way. They
+  // are those of several rows and never parts of one: an output does not depend on what other
+  // tokens are there.
+  constexpr int kFew = Math::kFewTokens;
+  const bool few = batch.count <= kFew;
+  const int together = few ? Math::kFewRows : Math::kManyRows, whole = rows / together * together;
+  if (whole > 0)
+    (few ? dot_for<Math, Bits, Math::kFewRows, kFew, kFew>(batch)
+         : dot_for<Math, Bits, Math::kManyRows, kMaxTokens, kMaxSlots>(batch))(
+        layout, codes, whole, tables, type, x, products);
+  if (whole == rows) return;
+  const char* rest[kMaxTokens];
+  const int64_t skipped = whole * layout.groups * layout.entries() * size_of(type);
+  for (int t = 0; t < batch.count; ++t) rest[t] = tables[t] + skipped;
+  dot_for<Math, Bits, 1, kMaxTokens, kMaxSlots>(batch)(
+      layout, codes + whole * layout.row_bytes(), rows - whole, rest, type, x, products + whole);
+}
+
+// See Kernels::dot_bfloat16 and dot_float32.
+template <typename Math>
+void dot(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+         const char* const* tables, Type type, const typename Math::X* const* x, float* products) {
+  const auto dot = layout.bits == 2   ? dot_rows<Math, 2>
+                   : layout.bits == 3 ? dot_rows<Math, 3>
+                                      : dot_rows<Math, 4>;
+  dot(layout, codes, rows, batch, tables, type, x, products);
+}
+
+}  // namespace
+}  // namespace spallm
