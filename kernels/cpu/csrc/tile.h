@@ -155,18 +155,33 @@ template <typename Math>
 using DotTiles = void (*)(const Layout&, const uint8_t*, int, const char* const*, Type,
                           const typename Math::X* const*, float*);
 
-template <typename Math, int Bits, int Rows, bool OneSlot, int... Counts>
-DotTiles<Math> dot_for(int count, std::integer_sequence<int, Counts...>) {
-  static constexpr DotTiles<Math> kFor[] = {dot_tiles<Math, Bits, Rows, Counts + 1, OneSlot>...};
-  return kFor[count - 1];
+// For Least tokens or more.
+template <typename Math, int Bits, int Rows, bool OneSlot, int Least, int... More>
+DotTiles<Math> dot_for(int count, std::integer_sequence<int, More...>) {
+  static constexpr DotTiles<Math> kFor[] = {dot_tiles<Math, Bits, Rows, Least + More, OneSlot>...};
+  return kFor[count - Least];
 }
 
-template <typename Math, int Bits, int Rows, int MaxTokens, int MaxSlots>
+template <typename Math, int Bits, int Rows, int Least, int MostTokens, int MostSlots>
 DotTiles<Math> dot_for(const Batch& batch) {
-  constexpr auto kTokens = std::make_integer_sequence<int, MaxTokens>{};
-  constexpr auto kSlots = std::make_integer_sequence<int, MaxSlots>{};
-  return batch.one_slot ? dot_for<Math, Bits, Rows, true>(batch.count, kTokens)
-                        : dot_for<Math, Bits, Rows, false>(batch.count, kSlots);
+  constexpr int kLeastSlots = Least < 2 ? 2 : Least;  // one token is of one slot
+  constexpr auto kTokens = std::make_integer_sequence<int, MostTokens - Least + 1>{};
+  constexpr auto kSlots = std::make_integer_sequence<int, MostSlots - kLeastSlots + 1>{};
+  return batch.one_slot ? dot_for<Math, Bits, Rows, true, Least>(batch.count, kTokens)
+                        : dot_for<Math, Bits, Rows, false, kLeastSlots>(batch.count, kSlots);
+}
+
+// One row at a time, a few tokens at a time, each with its own tables: for the rows that are left.
+template <typename Math, int Bits>
+void dot_rest(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+              const char* const* tables, Type type, const typename Math::X* const* x,
+              float* products) {
+  constexpr auto kCounts = std::make_integer_sequence<int, kMaxSlots>{};
+  for (int start = 0; start < batch.count; start += kMaxSlots) {
+    const int left = batch.count - start;
+    dot_for<Math, Bits, 1, false, 1>(left < kMaxSlots ? left : kMaxSlots, kCounts)(
+        layout, codes, rows, tables + start, type, x + start, products + start * kRowBlock);
+  }
 }
 
 template <typename Math, int Bits>
@@ -180,15 +195,15 @@ void dot_rows(const Layout& layout, const uint8_t* codes, int rows, const Batch&
   const bool few = batch.count <= kFew;
   const int together = few ? Math::kFewRows : Math::kManyRows, whole = rows / together * together;
   if (whole > 0)
-    (few ? dot_for<Math, Bits, Math::kFewRows, kFew, kFew>(batch)
-         : dot_for<Math, Bits, Math::kManyRows, kMaxTokens, kMaxSlots>(batch))(
+    (few ? dot_for<Math, Bits, Math::kFewRows, 1, kFew, kFew>(batch)
+         : dot_for<Math, Bits, Math::kManyRows, kFew + 1, kMaxTokens, kMaxSlots>(batch))(
         layout, codes, whole, tables, type, x, products);
   if (whole == rows) return;
   const char* rest[kMaxTokens];
   const int64_t skipped = whole * layout.groups * layout.entries() * size_of(type);
   for (int t = 0; t < batch.count; ++t) rest[t] = tables[t] + skipped;
-  dot_for<Math, Bits, 1, kMaxTokens, kMaxSlots>(batch)(
-      layout, codes + whole * layout.row_bytes(), rows - whole, rest, type, x, products + whole);
+  dot_rest<Math, Bits>(layout, codes + whole * layout.row_bytes(), rows - whole, batch, rest, type,
+                       x, products + whole);
 }
 
 // See Kernels::dot_bfloat16 and dot_float32.
