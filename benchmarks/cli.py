@@ -85,6 +85,9 @@ def engine(
     tenants: Annotated[int, typer.Option(help="Requests at a time, each of its own tenant.")] = 8,
     tokens: Annotated[int, typer.Option(help="That each decodes.")] = 64,
     rounds: Annotated[int, typer.Option(help="Of each mixture.")] = 5,
+    dtype: Annotated[
+        str, typer.Option(help="bfloat16, or float32, faster where bfloat16 is emulated.")
+    ] = "bfloat16",
     model: Model = None,
     base: Annotated[
         Optional[Path], typer.Option(help="What was made of the model; default: made here.")
@@ -99,10 +102,10 @@ def engine(
 
         source = model_directory(model, folder)
         served = base or quick_base(source, folder / "engine-base", parse_pairs(variant))
-        finish(
-            engine_records(source, served, folder, tenants=tenants, tokens=tokens, rounds=rounds),
-            json,
+        records = engine_records(
+            source, served, folder, tenants=tenants, tokens=tokens, rounds=rounds, dtype=dtype
         )
+        finish(records, json)
 
 
 @app.command()

@@ -27,7 +27,14 @@ _RANK = 16
 
 
 def engine_records(
-    dense: Path, base: Path, scratch: Path, *, tenants: int, tokens: int, rounds: int
+    dense: Path,
+    base: Path,
+    scratch: Path,
+    *,
+    tenants: int,
+    tokens: int,
+    rounds: int,
+    dtype: str = "bfloat16",
 ) -> Iterator[Record]:
     """Requests that decode together, all of the base and then each of its own tenant.
 
@@ -41,16 +48,18 @@ def engine_records(
         tenants: requests at a time, and distinct adapters.
         tokens: that each decodes.
         rounds: of each mixture.
+        dtype: of activations and of the original's weights: ``bfloat16``, or ``float32``, which is
+            faster on processors that emulate bfloat16.
     """
     tables = make_tables(base, scratch / "tables", tenants)
     loras = make_loras(dense, scratch / "loras", tenants, _RANK)
-    ours = _measure(base, tables, tenants, tokens, rounds)
-    theirs = _measure(dense, loras, tenants, tokens, rounds)
-    plain = _measure(dense, [], tenants, tokens, rounds)
+    ours = _measure(base, tables, tenants, tokens, rounds, dtype)
+    theirs = _measure(dense, loras, tenants, tokens, rounds, dtype)
+    plain = _measure(dense, [], tenants, tokens, rounds, dtype)
     for mixture, found, name in (
-        ("base_only", plain, "vLLM, bfloat16, compiled, no adapters possible"),
-        ("base_only", theirs, "vLLM, bfloat16, LoRAs possible"),
-        ("distinct_tenants", theirs, f"vLLM, bfloat16, LoRAs of rank {_RANK}"),
+        ("base_only", plain, f"vLLM, {dtype}, compiled, no adapters possible"),
+        ("base_only", theirs, f"vLLM, {dtype}, LoRAs possible"),
+        ("distinct_tenants", theirs, f"vLLM, {dtype}, LoRAs of rank {_RANK}"),
     ):
         yield Record(
             bench="engine",
@@ -63,7 +72,7 @@ def engine_records(
             better="higher",
             runs=rounds,
         )
-    for name, found in (("ours", ours), ("bfloat16 and LoRAs", theirs)):
+    for name, found in (("ours", ours), (f"{dtype} and LoRAs", theirs)):
         yield Record(
             bench="engine",
             case={"requests": tenants, "of": name},
@@ -127,7 +136,7 @@ def make_loras(model_dir: Path, folder: Path, count: int, rank: int) -> list[Pat
 
 
 def _measure(
-    model: Path, adapters: list[Path], requests: int, tokens: int, rounds: int
+    model: Path, adapters: list[Path], requests: int, tokens: int, rounds: int, dtype: str
 ) -> dict[str, Any]:
     """What an engine of its own process says; it prints much else."""
     told = {
@@ -136,11 +145,14 @@ def _measure(
         "count": requests,
         "tokens": tokens,
         "rounds": rounds,
+        "dtype": dtype,
     }
     environment = os.environ | {
         "VLLM_PLUGINS": "spallm",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": "1",
+        # All cores for the model, as in spallm-serve, and for vLLM's own engines too.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
     command = [sys.executable, "-m", __name__, json.dumps(told)]
     finished = subprocess.run(command, env=environment, capture_output=True, check=False)
@@ -154,7 +166,7 @@ def _measure(
 
 
 def run_engine(
-    model: str, adapters: list[str], count: int, tokens: int, rounds: int
+    model: str, adapters: list[str], count: int, tokens: int, rounds: int, dtype: str
 ) -> dict[str, Any]:
     """Tokens a second of both mixtures, and how long a slot takes to fill.
 
@@ -165,6 +177,7 @@ def run_engine(
         count: requests at a time.
         tokens: that each request decodes.
         rounds: of each mixture; medians are taken.
+        dtype: vLLM's.
     """
     from vllm import LLM
     from vllm.lora.request import LoRARequest
@@ -177,7 +190,7 @@ def run_engine(
         more["worker_extension_cls"] = "spallm_serve.server.vllm_compat.SlotWorkerExtension"
     engine = LLM(
         model,
-        dtype="bfloat16",
+        dtype=dtype,
         enforce_eager=bool(adapters),
         max_model_len=_PROMPT_TOKENS + tokens + 1,
         max_num_seqs=count,
