@@ -160,11 +160,7 @@ def training_records(
     kept = {name: kept_bytes(each.backward, each.model) for name, each in prepared.items()}
     frozen = _frozen_kept_bytes(model_dir, prepared[PEER].last_batch, dtype)
     flops = {name: counted_flops(each.backward) for name, each in prepared.items()}
-    choosing = {
-        name: _choosing_seconds(each)
-        for name, each in prepared.items()
-        if each.choosers()
-    }
+    choosing = {name: _choosing_seconds(each) for name, each in prepared.items() if each.choosers()}
     tokens = sum(batch["input_ids"].numel() for batch in batches) / len(batches)
     for variant in variants:
         ours = prepared[variant.name]
@@ -297,8 +293,11 @@ def _frozen_kept_bytes(model_dir: Path, batch: Batch, dtype: torch.dtype) -> int
 
 def _choosing_seconds(prepared: Prepared) -> float:
     scored = prepared.scored()
-    choose = {"choose": lambda: prepared.choose_channels(scored)}
-    return interleaved(choose, seconds=1)["choose"].median
+
+    def choose() -> None:
+        prepared.choose_channels(scored)
+
+    return interleaved({"choose": choose}, seconds=1)["choose"].median
 
 
 def _base(model_dir: Path, bits: int | None, scratch: Path) -> Path:

@@ -22,6 +22,7 @@ from spallm_serve.server.errors import ApiError
 from spallm_serve.server.residency import Residency
 from spallm_serve.server.routes import adapters, answers, health, models, operations
 from spallm_serve.server.settings import ServerSettings
+from spallm_serve.server.vllm_compat import forget_adapter
 
 NAME = "spallm-endpoints"
 _LOAD_SECONDS = 60.0
@@ -82,7 +83,12 @@ class SpallmEndpoints:
             async for _ in engine_client.generate(prompt, sampling, f"ready-{id(object())}"):
                 pass
 
-        here.residency = Residency(here.store.local_folder, call, _LOAD_SECONDS, here.tiers.found)
+        def forget(name: str) -> None:
+            forget_adapter(state.openai_serving_models, name)
+
+        here.residency = Residency(
+            here.store.local_folder, call, _LOAD_SECONDS, here.tiers.found, forget
+        )
         _say_capacity(here.settings, (await here.residency.facts())[0])
         state.spallm_readiness = health.Readiness(decode, here.settings.ready_seconds)
         state.spallm_flushing = asyncio.create_task(_flush_for_ever(here))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections import Counter
+from collections import Counter, OrderedDict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from functools import partial
@@ -22,6 +22,9 @@ KEEP, PIN, UNPIN, RESIDENCY = "spallm_keep", "spallm_pin", "spallm_unpin", "spal
 # Where a request finds its adapter; kept: the workers hold it for others, and were not asked.
 KEPT, STORE = "kept", "store"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
+# Names that the engine still knows and no request uses. It reads through all it knows for every
+# chat request; one that it has to learn again costs a question to the workers.
+IDLE_NAMES = 256
 
 
 class Residency:
@@ -37,6 +40,8 @@ class Residency:
         call: asks all workers.
         seconds: an adapter may take to be read.
         found: told where each request finds its adapter: kept, slot, host or store.
+        forget: told the engine's names of adapters that have not been used for longest, all beyond
+            :data:`IDLE_NAMES`.
     """
 
     def __init__(
@@ -45,9 +50,11 @@ class Residency:
         call: WorkerCall,
         seconds: float,
         found: Callable[[str], None],
+        forget: Callable[[str], None],
     ) -> None:
         self._local_folder, self._call, self._seconds = local_folder, call, seconds
-        self._found = found
+        self._found, self._forget = found, forget
+        self._idle: OrderedDict[str, None] = OrderedDict()
         self._folders: dict[str, str] = {}
         # Of folders, and of the names under which tenants know what is in them.
         self._users: Counter[str] = Counter()
@@ -70,6 +77,7 @@ class Residency:
         name = resolved.engine_name
         self._users.update((folder, name))
         self._folders[name] = folder
+        self._idle.pop(name, None)
         try:
             await self._wait_for(resolved, folder)
             yield
@@ -77,6 +85,9 @@ class Residency:
             self._users.subtract((folder, name))
             if not self._users[name]:
                 del self._folders[name]
+                self._idle[name] = None
+            if len(self._idle) > IDLE_NAMES:
+                self._forget(self._idle.popitem(last=False)[0])
             self._users += Counter()  # forgets those that nobody uses
 
     async def pin(self, resolved: Resolved) -> None:

@@ -240,6 +240,19 @@ class SlotWorkerExtension:
         return manager.resident
 
 
+def forget_adapter(models: Any, name: str) -> None:
+    """Take an adapter that no request uses out of a table that vLLM only adds to.
+
+    What was cached under its name stays; should it be asked for again, it is resolved again.
+
+    Args:
+        models: vLLM's ``OpenAIServingModels``.
+        name: of the adapter.
+    """
+    models.lora_requests.pop(name, None)
+    models.lora_resolver_lock.pop(name, None)
+
+
 def serve(flags: list[str]) -> None:
     """Run vLLM's OpenAI server until a signal ends it.
 

