@@ -20,14 +20,12 @@ from spallm_serve.adapter import (
     lora_modules,
 )
 from spallm_serve.adapter_files import read_adapter
-from spallm_serve.checkpoint import TABLES
+from spallm_serve.checkpoint import TABLES, WEIGHT
 from spallm_serve.errors import UserError
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Addition, SlottedLinear
 from spallm_serve.server.slotted_norm import SlottedNorm
 from spallm_serve.trainer.smt.ops import BlockLayout, block_delta
-
-_WEIGHT = ".weight"
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,7 @@ def _norms(
     for name, tensor in adapter.tensors.items():
         if name.endswith((TABLES, ROWS)):
             continue
-        module = name.removesuffix(_WEIGHT)
+        module = name.removesuffix(WEIGHT)
         if module not in served.norms:
             raise UserError(f"{name}: the base has no such normalisation that can be served")
         _expect(name, list(tensor.shape), [served.norms[module].width], "shape")

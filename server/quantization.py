@@ -30,6 +30,7 @@ from spallm_serve.checkpoint import (
     ESTIMATOR_B,
     QUANT_METHOD,
     TABLES,
+    WEIGHT,
     SketchConfig,
     parse_sketch_config,
 )
@@ -38,7 +39,7 @@ from spallm_serve.kernels.packing import unpack_codes
 from spallm_serve.kernels.reference import dequantize
 from spallm_serve.server.host_adapter import Place
 from spallm_serve.server.sharding import Shard
-from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
+from spallm_serve.server.slotted import Dense, Linear, Sketched, SlottedLinear, StepSlots
 
 # Layers are typed Any: they are vLLM's, and carry what it and we put on them.
 _QKV = {"q": 0, "k": 1, "v": 2}
@@ -103,21 +104,20 @@ class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
     def get_quant_method(self, layer: Any, prefix: str) -> QuantizeMethodBase | None:
         """How a layer is multiplied; None leaves it to vLLM."""
         names = self._parts(prefix)
-        skipped = {name in self.sketch.skipped for name in names}
-        if len(skipped) > 1:
-            raise UserError(
-                f"{prefix}: of {', '.join(names)}, which are merged, some are compressed and some "
-                "are not; compress the model again with all or none of them in --skip"
-            )
+        left = all(self.leaves(name) for name in names)
         if isinstance(layer, LinearBase):
-            return UnquantizedLinearMethod() if True in skipped else SpallmLinear(self, names)
+            return UnquantizedLinearMethod() if left else SpallmLinear(self, names)
         if isinstance(layer, ParallelLMHead):
-            return None if True in skipped else SpallmHead(self, names)
+            return None if left else SpallmHead(self, names)
         # Some models, Llama among them, do not say where their token embedding is.
         embeddings = self.sketch.embeddings
         if isinstance(layer, VocabParallelEmbedding) and (prefix in embeddings or not prefix):
             return SpallmEmbedding() if embeddings else None
         return None
+
+    def leaves(self, name: str) -> bool:
+        """Whether a linear was left as it is."""
+        return name in self.sketch.skipped
 
     def get_checkpoint_weight_mapper(self) -> WeightsMapper:
         """vLLM reads every safetensors file of a checkpoint; estimators are for training."""
@@ -154,16 +154,21 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
         """Prepare to be loaded: bits, and so shapes, may differ from linear to linear."""
         layer.spallm_dtype = params_dtype
         loader = _Loader(layer, input_size_per_partition, output_partition_sizes, input_size)
+        loader.left = {n for n, name in enumerate(self._names) if self._config.leaves(name)}
         loader.attach()
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Merge what was loaded; see :class:`SlottedLinear`."""
+        """Merge what was loaded; see :class:`SlottedLinear`.
+
+        Linears that were left as they are have no place that an adapter could be put in.
+        """
         loader: _Loader = layer.spallm_loader
         slots = slot_count(get_current_vllm_config())
         layer.spallm = SlottedLinear.of(loader.linears(self._names), 1 + slots, layer.spallm_dtype)
         layer.spallm_places = {
             name: Place(layer.prefix, number, loader.shards[number], loader.rows[number])
             for number, name in enumerate(self._names)
+            if number not in loader.left
         }
         loader.detach()
 
@@ -214,7 +219,7 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
 
     def process_weights_after_loading(self, layer: Any) -> None:
         """Keep the planes: single rows are looked up in them."""
-        (layer.spallm_rows,) = layer.spallm_loader.linears([layer.prefix])
+        layer.spallm_rows = layer.spallm_loader.sketch(layer.prefix)
         layer.spallm_head = None
         layer.spallm_loader.detach()
 
@@ -235,18 +240,25 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
 
 
 class _Loader:
-    """Takes codes and tables as they come, each the worker's share, until the layer is made.
+    """Takes codes and tables, or whole weights, as they come, each the worker's share, until the
+    layer is made.
 
     Args:
         layer: of vLLM's.
         columns: inputs of the worker.
         rows: outputs of the worker, of each linear.
         all_columns: inputs.
+
+    Attributes:
+        left: numbers of the linears that were left as they are.
+        rows: outputs of each whole linear that was loaded.
+        shards: what the worker takes of each.
     """
 
     def __init__(self, layer: Any, columns: int, rows: list[int], all_columns: int) -> None:
         self._layer = layer
         self._loaded: dict[tuple[str, int], Tensor] = {}
+        self.left: set[int] = set()
         self.rows: dict[int, int] = {}
         self.shards = [
             Shard(_first_row(layer, number, own), own, _first_column(layer, columns), columns,
@@ -256,7 +268,7 @@ class _Loader:
 
     def attach(self) -> None:
         """Give the layer parameters that take what is loaded."""
-        for ending in (CODES, TABLES):
+        for ending in self._endings():
             parameter = nn.Parameter(torch.empty(0), requires_grad=False)
             parameter.weight_loader = self._taking(ending)  # type: ignore[attr-defined]
             self._layer.register_parameter(ending.removeprefix("."), parameter)
@@ -264,30 +276,48 @@ class _Loader:
 
     def detach(self) -> None:
         """Nothing more is loaded."""
-        for ending in (CODES, TABLES):
+        for ending in self._endings():
             delattr(self._layer, ending.removeprefix("."))
         self._loaded.clear()
 
-    def linears(self, names: list[str]) -> list[Sketched]:
+    def linears(self, names: list[str]) -> list[Linear]:
         """What was loaded.
 
         Raises:
             UserError: something was not.
         """
-        found = []
-        for number, name in enumerate(names):
-            for ending in (CODES, TABLES):
-                if (ending, number) not in self._loaded:
-                    raise UserError(f"{name}{ending}: is not in the checkpoint")
-            planes, tables = (self._loaded[ending, number] for ending in (CODES, TABLES))
-            found.append(Sketched(planes, tables, self.shards[number].columns))
-        return found
+        return [self._linear(number, name) for number, name in enumerate(names)]
+
+    def sketch(self, name: str) -> Sketched:
+        """What was loaded for a layer that is one compressed linear.
+
+        Raises:
+            UserError: something was not.
+        """
+        planes, tables = (self._taken(ending, 0, name) for ending in (CODES, TABLES))
+        return Sketched(planes, tables, self.shards[0].columns)
+
+    def _linear(self, number: int, name: str) -> Linear:
+        if number in self.left:
+            return Dense(self._taken(WEIGHT, number, name))
+        planes, tables = (self._taken(ending, number, name) for ending in (CODES, TABLES))
+        return Sketched(planes, tables, self.shards[number].columns)
+
+    def _endings(self) -> tuple[str, ...]:
+        return (CODES, TABLES, WEIGHT) if self.left else (CODES, TABLES)
+
+    def _taken(self, ending: str, number: int, name: str) -> Tensor:
+        if (ending, number) not in self._loaded:
+            raise UserError(f"{name}{ending}: is not in the checkpoint")
+        return self._loaded[ending, number]
 
     def _taking(self, ending: str) -> Any:
         def take(parameter: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
             number = _QKV[shard] if isinstance(shard, str) else shard or 0
             own = self.shards[number]
-            if ending == CODES:
+            if ending == WEIGHT:
+                kept = own.outputs(own.inputs(loaded))
+            elif ending == CODES:
                 self.rows[number] = loaded.shape[1]
                 kept = own.planes(loaded)
             else:

@@ -8,6 +8,7 @@ from functools import cached_property
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from spallm_serve.kernels import lut_linear, prepare_codes
 from spallm_serve.kernels.backend import Backend
@@ -76,9 +77,40 @@ class Sketched:
     tables: Tensor
     columns: int
 
+    @property
+    def rows(self) -> int:
+        """out."""
+        return len(self.tables)
+
+
+@dataclass(frozen=True)
+class Dense:
+    """A linear that was left as it is, or its share of one: ``weight [out, in]``."""
+
+    weight: Tensor
+
+    @property
+    def rows(self) -> int:
+        """out."""
+        return len(self.weight)
+
+
+Linear = Sketched | Dense
+
 
 @dataclass
-class _Segment:
+class _DenseSegment:
+    """Linears that were left as they are: the same for all slots."""
+
+    weight: Tensor
+    slot_bytes: int = 0
+
+    def product(self, x: Tensor, slots: Tensor | None, only: int) -> Tensor:
+        return F.linear(x, self.weight)
+
+
+@dataclass
+class _SketchedSegment:
     """Linears of one format, their rows one below the other; ``tables [slots, out, groups, k]``.
 
     The codes are held once: as bit-planes until the first product, then as its kernel reads them.
@@ -90,8 +122,13 @@ class _Segment:
     prepared_for: torch.dtype | None = None
     backend: Backend | None = None
 
-    def product(self, x: Tensor, tables: Tensor, slots: Tensor | None) -> Tensor:
+    @property
+    def slot_bytes(self) -> int:
+        return self.tables[0].nbytes
+
+    def product(self, x: Tensor, slots: Tensor | None, only: int) -> Tensor:
         self._prepare(x.dtype)
+        tables = self.tables if slots is not None else self.tables[only, None]
         if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.backend is None:
             return lut_linear(x, self.codes, tables, slots)
         # What lut_linear would check holds by how all this was made, and to check it takes as long
@@ -131,18 +168,18 @@ class SlottedLinear:
     """Linears that read one input, merged into one layer: q, k and v, or gate and up, or one alone.
 
     Their codes are held once. Linears of one format are multiplied together, whatever tables each
-    token uses.
+    token uses; those that were left as they are have no tables and are the same for all.
 
     Attributes:
         parts: the linears in the order of their outputs.
     """
 
     parts: list[Part]
-    _segments: list[_Segment]
+    _segments: list[_SketchedSegment | _DenseSegment]
     _added: dict[int, list[tuple[Part, Addition]]] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, linears: Sequence[Sketched], slots: int, dtype: torch.dtype) -> SlottedLinear:
+    def of(cls, linears: Sequence[Linear], slots: int, dtype: torch.dtype) -> SlottedLinear:
         """Merge linears.
 
         Args:
@@ -152,34 +189,26 @@ class SlottedLinear:
                 it, so that this is not done for each row in each step.
         """
         parts: list[Part] = []
-        members: list[list[Sketched]] = []
+        members: list[list[Linear]] = []
         formats: list[tuple[int, ...]] = []
         offset = 0
         for linear in linears:
             # Neighbours only: the outputs of a segment lie side by side.
-            shape = tuple(linear.tables.shape[1:])
+            shape = () if isinstance(linear, Dense) else tuple(linear.tables.shape[1:])
             if not formats or formats[-1] != shape:
                 formats.append(shape)
                 members.append([])
-            start = sum(len(other.tables) for other in members[-1])
+            start = sum(other.rows for other in members[-1])
             members[-1].append(linear)
-            rows = len(linear.tables)
-            parts.append(Part(len(members) - 1, start, offset, rows))
-            offset += rows
+            parts.append(Part(len(members) - 1, start, offset, linear.rows))
+            offset += linear.rows
         return cls(parts, [_segment(each, slots, dtype) for each in members])
 
     def __call__(self, x: Tensor, bias: Tensor | None, step: StepSlots) -> Tensor:
         """``x [..., in] -> [..., out]``, each token by the tables of its slot."""
         flat = x.reshape(-1, x.shape[-1]).contiguous()
         slots = step.first(len(flat))
-        outputs = [
-            segment.product(
-                flat,
-                segment.tables if slots is not None else segment.tables[step.only, None],
-                slots,
-            )
-            for segment in self._segments
-        ]
+        outputs = [segment.product(flat, slots, step.only) for segment in self._segments]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if bias is not None:
             y = y + bias
@@ -204,6 +233,8 @@ class SlottedLinear:
             additions: by the number of the linear.
         """
         for number, part in enumerate(self.parts):
+            if isinstance(self._segments[part.segment], _DenseSegment):
+                continue
             own = tables.get(number)
             self._tables(slot, part).copy_(self.base_tables(part) if own is None else own)
         self._added.pop(slot, None)
@@ -213,11 +244,12 @@ class SlottedLinear:
     @property
     def slot_bytes(self) -> int:
         """What the tables of one slot take."""
-        return sum(segment.tables[0].nbytes for segment in self._segments)
+        return sum(segment.slot_bytes for segment in self._segments)
 
     def _tables(self, slot: int, part: Part) -> Tensor:
-        tables = self._segments[part.segment].tables[slot]
-        return tables[part.start : part.start + part.rows]
+        segment = self._segments[part.segment]
+        assert isinstance(segment, _SketchedSegment)
+        return segment.tables[slot, part.start : part.start + part.rows]
 
     def _add(self, y: Tensor, x: Tensor, step: StepSlots) -> None:
         if not self._added:
@@ -228,9 +260,16 @@ class SlottedLinear:
                 y[tokens, columns] = add(y[tokens, columns], x[tokens])
 
 
-def _segment(linears: Sequence[Sketched], slots: int, dtype: torch.dtype) -> _Segment:
-    planes = torch.cat([linear.planes for linear in linears], dim=1)
-    tables = torch.cat([linear.tables for linear in linears])
+def _segment(
+    linears: Sequence[Linear], slots: int, dtype: torch.dtype
+) -> _SketchedSegment | _DenseSegment:
+    """Of linears that are all sketches of one format, or all left as they are."""
+    weights = [linear.weight for linear in linears if isinstance(linear, Dense)]
+    if weights:
+        return _DenseSegment(torch.cat(weights).to(dtype))
+    sketches = [linear for linear in linears if isinstance(linear, Sketched)]
+    planes = torch.cat([linear.planes for linear in sketches], dim=1)
+    tables = torch.cat([linear.tables for linear in sketches])
     if rounds_tables(tables.device.type, dtype):
         tables = tables.to(dtype)
-    return _Segment(planes, linears[0].columns, tables.repeat(slots, 1, 1, 1))
+    return _SketchedSegment(planes, sketches[0].columns, tables.repeat(slots, 1, 1, 1))

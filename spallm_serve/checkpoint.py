@@ -21,7 +21,7 @@ QUANT_METHOD: Literal["spallm"] = "spallm"
 ESTIMATOR_FILE = "estimators.safetensors"
 ESTIMATOR_A, ESTIMATOR_B = ".estimator_a", ".estimator_b"
 CONFIG_FILE = "config.json"
-CODES, TABLES = ".codes", ".tables"
+CODES, TABLES, WEIGHT = ".codes", ".tables", ".weight"
 # One shard is the most that saving holds in memory.
 SHARD_BYTES = 192 << 20
 _COMPANIONS = ("*.json", "*.jinja", "*.model", "*.txt")
