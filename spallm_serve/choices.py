@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 
 from spallm_serve.errors import UserError
@@ -88,7 +88,7 @@ def choose(model: nn.Module, tokenizer: PreTrainedTokenizerBase, question: Quest
     """The option that is likeliest as the model's answer ``the correct answer is OPTION``.
 
     The mean log likelihood of the option's tokens decides, so that longer names are not at a
-    disadvantage. The prompt runs once for all options.
+    disadvantage. The prompt runs once for all options, and these run together.
     """
     prompt = _answer_prompt(tokenizer, question.prompt)
     start = tokenizer(prompt, add_special_tokens=False)["input_ids"]
@@ -105,13 +105,15 @@ def choose(model: nn.Module, tokenizer: PreTrainedTokenizerBase, question: Quest
     if common:
         given = torch.tensor([start[:common]], device=device)
         cache = model(input_ids=given, use_cache=True, logits_to_keep=1).past_key_values
+        cache.batch_repeat_interleave(len(answers))
+    # Shorter ones are filled up at their end, where nothing of theirs looks.
+    rest = [torch.tensor(ids[common:], device=device) for ids in answers]
+    logits = model(input_ids=pad_sequence(rest, batch_first=True), past_key_values=cache).logits
     scores = []
-    for ids, first in zip(answers, shared, strict=True):
-        rest = torch.tensor([ids[common:]], device=device)
-        # Running an option writes into the cache.
-        logits = model(input_ids=rest, past_key_values=copy.deepcopy(cache)).logits
-        likelihood = F.log_softmax(logits[0, first - common - 1 : -1].float(), dim=-1)
-        scores.append(-F.nll_loss(likelihood, rest[0, first - common :]))
+    for ids, first, found in zip(rest, shared, logits, strict=True):
+        own = first - common
+        likelihood = F.log_softmax(found[own - 1 : len(ids) - 1].float(), dim=-1)
+        scores.append(-F.nll_loss(likelihood, ids[own:]))
     return int(torch.stack(scores).argmax())
 
 
