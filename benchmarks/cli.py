@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from spallm_serve.benchmarks.command import (
+    Dtype,
     Json,
     Model,
     Scratch,
@@ -85,9 +86,7 @@ def engine(
     tenants: Annotated[int, typer.Option(help="Requests at a time, each of its own tenant.")] = 8,
     tokens: Annotated[int, typer.Option(help="That each decodes.")] = 64,
     rounds: Annotated[int, typer.Option(help="Of each mixture.")] = 5,
-    dtype: Annotated[
-        str, typer.Option(help="bfloat16, or float32, faster where bfloat16 is emulated.")
-    ] = "bfloat16",
+    dtype: Dtype = "bfloat16",
     model: Model = None,
     base: Annotated[
         Optional[Path], typer.Option(help="What was made of the model; default: made here.")
@@ -124,10 +123,11 @@ def kernels(
     ] = None,
     seconds: Annotated[float, typer.Option(help="For each comparison.")] = 0.5,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
+    dtype: Dtype = "bfloat16",
     plot: Annotated[Optional[Path], typer.Option(help="Where a PNG of the ratios goes.")] = None,
     json: Json = None,
 ) -> None:
-    """lut_linear against torch's bfloat16 linear and LoRAs, interleaved in one process."""
+    """lut_linear against torch's linear and LoRAs, interleaved in one process."""
     with measuring(None):
         import torch
 
@@ -141,7 +141,9 @@ def kernels(
         unknown = [name for name in model or () if name not in SHAPES]
         if unknown:
             raise UserError(f"--model {unknown[0]!r}: expected some of {', '.join(SHAPES)}")
-        found = finish(kernel_records(tuple(model or SHAPES), seconds, device), json)
+        found = finish(
+            kernel_records(tuple(model or SHAPES), seconds, device, getattr(torch, dtype)), json
+        )
         if plot is not None:
             from spallm_serve.benchmarks.plots import plot_kernels
 

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -20,6 +20,12 @@ if TYPE_CHECKING:
 Json = Annotated[Path | None, typer.Option("--json", help="Where the results go.")]
 Model = Annotated[
     str | None, typer.Option("--model", help="Default: the packaged SmolLM2-135M-Instruct.")
+]
+Dtype = Annotated[
+    Literal["bfloat16", "float32"],
+    typer.Option(
+        help="Of activations and dense weights; float32 is faster where bfloat16 is emulated."
+    ),
 ]
 Scratch = Annotated[Path | None, typer.Option(help="Folder for models; default a temporary one.")]
 

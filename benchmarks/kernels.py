@@ -1,4 +1,4 @@
-"""lut_linear against torch's bfloat16 linear, and against LoRAs beside it, in one process.
+"""lut_linear against torch's linear, and against LoRAs beside it, in one process.
 
 Weights are taken in turn from a pool, as a model's layers are; it is larger than a CPU's caches,
 and but for the smallest shapes larger than a GPU's.
@@ -56,6 +56,20 @@ class _Layer:
         """``cpu`` or ``cuda``."""
         return self.tables.device.type
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations, and of the peer's weights."""
+        return self.dense[0].dtype
+
+    @property
+    def dtype_name(self) -> str:
+        """As torch calls it."""
+        return str(self.dtype).removeprefix("torch.")
+
+    def activations(self, tokens: int, width: int) -> Tensor:
+        """Random ones, ``[tokens, width]``."""
+        return torch.randn(tokens, width, device=self.device).to(self.dtype)
+
     def case(self, **more: int | float) -> dict[str, str | int | float | bool | None]:
         return {
             "model": self.model,
@@ -67,14 +81,18 @@ class _Layer:
 
 
 def kernel_records(
-    models: tuple[str, ...], seconds: float = _SECONDS, device: str = "cpu"
+    models: tuple[str, ...],
+    seconds: float = _SECONDS,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.bfloat16,
 ) -> Iterator[Record]:
-    """Decode, mixed tenants, LoRAs beside a bfloat16 linear, prefill, the tables' gradient.
+    """Decode, mixed tenants, LoRAs beside a linear, prefill, the tables' gradient.
 
     Args:
         models: of :data:`SHAPES`.
         seconds: for each comparison.
         device: ``cpu`` or ``cuda``.
+        dtype: of activations and of the linear's weights.
     """
     console = Console(stderr=True)
     on = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
@@ -86,7 +104,7 @@ def kernel_records(
     with torch.no_grad():
         for model in models:
             for rows, columns in SHAPES[model]:
-                dense = _dense_pool(rows, columns, device)
+                dense = _dense_pool(rows, columns, device, dtype)
                 for bits in SUPPORTED_BITS:
                     layer = _layer(model, rows, columns, bits, dense)
                     for record in _layer_records(layer, bandwidth, seconds):
@@ -105,7 +123,7 @@ def copy_bandwidth(seconds: float, device: str = "cpu") -> float:
 
 def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[Record]:
     for tokens in TOKENS:
-        x = torch.randn(tokens, layer.columns, device=layer.device).bfloat16()
+        x = layer.activations(tokens, layer.columns)
         functions: dict[str, Callable[[], object]] = {"linear": _linear(layer, x)}
         counts = [count for count in TENANTS if count <= tokens]
         for count in counts:
@@ -122,16 +140,17 @@ def _layer_records(layer: _Layer, bandwidth: float, seconds: float) -> Iterator[
                 bytes_per_s=int(speed),
                 of_floor=round(speed / bandwidth, 3),
             )
-            yield _record(case, ours, times["linear"], "torch bfloat16 linear")
+            yield _record(case, ours, times["linear"], f"torch {layer.dtype_name} linear")
             if count == 8 and tokens == 8:
-                yield _record(case, ours, times["LoRA"], "bfloat16 linear + rank-16 LoRAs")
+                loras = f"{layer.dtype_name} linear + rank-{LORA_RANK} LoRAs"
+                yield _record(case, ours, times["LoRA"], loras)
                 yield _record(case, ours, times["1 tenants"], "lut_linear, one tenant")
     yield from _gradient_records(layer, seconds)
 
 
 def _gradient_records(layer: _Layer, seconds: float) -> Iterator[Record]:
-    x = torch.randn(_PREFILL_TOKENS, layer.columns, device=layer.device).bfloat16()
-    dy = torch.randn(_PREFILL_TOKENS, layer.rows, device=layer.device).bfloat16()
+    x = layer.activations(_PREFILL_TOKENS, layer.columns)
+    dy = layer.activations(_PREFILL_TOKENS, layer.rows)
     codes, tables = layer.codes[0], layer.tables[:1].contiguous()
 
     def gradient() -> object:
@@ -142,7 +161,7 @@ def _gradient_records(layer: _Layer, seconds: float) -> Iterator[Record]:
 
     times = _timed({"ours": gradient, "dense": dense}, seconds, layer.device)
     case = layer.case(tokens=_PREFILL_TOKENS, tenants=1)
-    peer = "dW by a bfloat16 matmul"
+    peer = f"dW by a {layer.dtype_name} matmul"
     yield _record(case, times["ours"], times["dense"], peer, "gradient_s")
     ours, theirs = (allocated_bytes(each, layer.device) for each in (gradient, dense))
     yield Record(
@@ -178,8 +197,8 @@ def _linear_with_loras(layer: _Layer, x: Tensor) -> Callable[[], object]:
     base's output. On the CPU by the gathered einsums of vLLM's CPU path, on a GPU by two batched
     products without the gathering."""
     weights = cycle(layer.dense)
-    lora_a = torch.randn(x.shape[0], LORA_RANK, layer.columns, device=x.device).bfloat16()
-    lora_b = torch.randn(x.shape[0], layer.rows, LORA_RANK, device=x.device).bfloat16()
+    lora_a = torch.randn(x.shape[0], LORA_RANK, layer.columns, device=x.device).to(x.dtype)
+    lora_b = torch.randn(x.shape[0], layer.rows, LORA_RANK, device=x.device).to(x.dtype)
     index = torch.arange(x.shape[0])
 
     def gathered() -> object:
@@ -198,18 +217,18 @@ def _bytes_needed(layer: _Layer, tokens: int, tenants: int) -> int:
     """Codes, the tables of the tenants present, activations in and out: each once."""
     codes = layer.rows * layer.columns * layer.bits // 8
     tables = tenants * layer.tables[0].nbytes
-    return codes + tables + 2 * tokens * (layer.rows + layer.columns)
+    return codes + tables + layer.dtype.itemsize * tokens * (layer.rows + layer.columns)
 
 
-def _dense_pool(rows: int, columns: int, device: str) -> list[Tensor]:
+def _dense_pool(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[Tensor]:
     count = max(2, min(_POOL_LAYERS, _POOL_BYTES // (2 * rows * columns)))
-    return [torch.randn(rows, columns, dtype=torch.bfloat16, device=device) for _ in range(count)]
+    return [torch.randn(rows, columns, dtype=dtype, device=device) for _ in range(count)]
 
 
 def _layer(model: str, rows: int, columns: int, bits: int, dense: list[Tensor]) -> _Layer:
     device = dense[0].device
     codes = torch.randint(0, 1 << bits, (rows, columns), dtype=torch.uint8, device=device)
-    packed = prepare_codes(pack_codes(codes, bits), columns, 1)
+    packed = prepare_codes(pack_codes(codes, bits), columns, 1, dense[0].dtype)
     tables = torch.randn(max(TENANTS), rows, 1, 1 << bits, device=device).half()
     pool = [packed.clone() for _ in range(max(len(dense), _POOL_BYTES // 4 // packed.nbytes))]
     return _Layer(model, rows, columns, bits, pool, tables, dense)
