@@ -27,6 +27,7 @@ class Plan:
         slots: adapters that a step can mix.
         rounds: of all mixtures at a concurrency.
         ranks: of the peers' LoRAs, a server for each.
+        dtype: of all servers' activations.
     """
 
     concurrency: tuple[int, ...]
@@ -36,6 +37,7 @@ class Plan:
     slots: int
     rounds: int
     ranks: tuple[int, ...] = ()
+    dtype: str = "bfloat16"
 
     @property
     def tenants(self) -> int:
@@ -48,7 +50,7 @@ class Plan:
         Args:
             model: directory; one without a tokenizer is served without.
         """
-        flags = ["--dtype", "bfloat16", "--max-model-len", PROMPT_TOKENS + self.tokens]
+        flags = ["--dtype", self.dtype, "--max-model-len", PROMPT_TOKENS + self.tokens]
         flags += ["--max-num-seqs", max(self.concurrency)]
         if not has_tokenizer(model):
             flags.append("--skip-tokenizer-init")

@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 import typer
 
 from spallm_serve.benchmarks.command import (
+    Dtype,
     Json,
     Model,
     Scratch,
@@ -47,6 +48,7 @@ def serve(
     rank: Annotated[
         Optional[list[int]], typer.Option(help="Of the peers' LoRAs; repeat it.")
     ] = None,
+    dtype: Dtype = "bfloat16",
     peers: Annotated[bool, typer.Option(help="Measure vLLM's own server, too.")] = True,
     plot: Annotated[
         Optional[Path], typer.Option(help="Where a PNG of throughput by tenants goes.")
@@ -84,6 +86,7 @@ def serve(
             slots=slots,
             rounds=rounds,
             ranks=tuple(rank or _RANKS),
+            dtype=dtype,
         )
         found = finish(serve_records(source, served, folder, plan, peers=peers), json)
         if plot is not None:

@@ -1,4 +1,4 @@
-"""vLLM's own server under the same load: the bfloat16 base, and with LoRAs."""
+"""vLLM's own server under the same load: the original, and with LoRAs."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def _peer_records(
     may_compile = rank is None or torch.cuda.is_available()
     log = run / f"vllm-{rank}.log"
     with _best_server(model, flags, log, may_compile=may_compile) as (process, compiled):
-        name = f"vLLM, bfloat16{f', LoRAs of rank {rank}' if rank else ''}, {compiled}"
+        name = f"vLLM, {plan.dtype}{f', LoRAs of rank {rank}' if rank else ''}, {compiled}"
         asking = Asking(Target(_NAME), [Target(each) for each in names], vocabulary)
         # The first use of each is no part of the load.
         run_load(process.url, asking.everybody(), 1, plan.tokens)

@@ -20,9 +20,11 @@ from spallm_serve.errors import UserError
 _START_SECONDS = 1200
 _STOP_SECONDS = 60
 _LOG_LINES = 30
-# The same for all servers; what the environment says already comes first.
+# The same for all servers; what the environment says already comes first. On a CPU the worker is in
+# the engine's process, as spallm-serve has it: no core waits, and vLLM's own servers are faster so.
 _ENVIRONMENT = {"VLLM_LOGGING_LEVEL": "WARNING", "VLLM_CPU_KVCACHE_SPACE": "2",
-                "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1"}  # fmt: skip
+                "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1",
+                "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -5,11 +5,19 @@ from __future__ import annotations
 import json
 import os
 
+import torch
+from rich.console import Console
+
+from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
 from spallm_serve.server.quantization import PINNED_SLOTS_KEY
 from spallm_serve.server.settings import ServerSettings
 
 _PLUGINS = f"spallm,{endpoints.NAME}"
+_BFLOAT16_HINT = (
+    "this processor has no bfloat16 instructions: -- --dtype float32 is faster, and takes twice "
+    "the memory for cached tokens and for weights that are not compressed"
+)
 
 
 def engine_arguments(settings: ServerSettings) -> list[str]:
@@ -50,10 +58,11 @@ def run(settings: ServerSettings, engine_flags: list[str]) -> None:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     vllm_compat.check_version()
-    vllm_compat.serve([*engine_arguments(settings), *_for_this_machine(), *engine_flags])
+    here = _for_this_machine(engine_flags)
+    vllm_compat.serve([*engine_arguments(settings), *here, *engine_flags])
 
 
-def _for_this_machine() -> list[str]:
+def _for_this_machine(engine_flags: list[str]) -> list[str]:
     """On a CPU nothing is compiled where adapters are served, and one process has all cores."""
     from vllm.platforms import current_platform
 
@@ -63,4 +72,7 @@ def _for_this_machine() -> list[str]:
     # The engine's one worker lives in the engine's process. vLLM's way is a process of its own, for
     # which the engine waits in a loop that takes a core; on two cores that is a third of the speed.
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    chosen = any(flag.split("=")[0] == "--dtype" for flag in engine_flags)
+    if not chosen and not bfloat16_is_native(torch.device("cpu")):
+        Console(stderr=True, highlight=False).print(_BFLOAT16_HINT, soft_wrap=True)
     return ["--enforce-eager"]
