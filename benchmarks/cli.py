@@ -94,7 +94,7 @@ def engine(
     scratch: Scratch = None,
     json: Json = None,
 ) -> None:
-    """Decode throughput in vLLM: base alone and many tenants, beside bfloat16 and LoRAs."""
+    """Decode throughput in vLLM: base alone and many tenants, beside the original and LoRAs."""
     with measuring(scratch) as folder:
         from spallm_serve.benchmarks.engine import engine_records
         from spallm_serve.benchmarks.quick_base import quick_base

@@ -1,4 +1,4 @@
-"""Decode throughput inside vLLM: base alone and many tenants, beside bfloat16 and LoRAs."""
+"""Decode throughput inside vLLM: base alone and many tenants, beside the original and LoRAs."""
 
 from __future__ import annotations
 
@@ -151,9 +151,10 @@ def _measure(
         "VLLM_PLUGINS": "spallm",
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": "1",
-        # All cores for the model, as in spallm-serve, and for vLLM's own engines too.
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+    if not torch.cuda.is_available():
+        # One process, which has all cores, for vLLM's own engines too: else one core waits.
+        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     command = [sys.executable, "-m", __name__, json.dumps(told)]
     finished = subprocess.run(command, env=environment, capture_output=True, check=False)
     lines = [line for line in finished.stdout.decode().splitlines() if line.startswith("{")]

@@ -221,7 +221,7 @@ def _bytes_needed(layer: _Layer, tokens: int, tenants: int) -> int:
 
 
 def _dense_pool(rows: int, columns: int, device: str, dtype: torch.dtype) -> list[Tensor]:
-    count = max(2, min(_POOL_LAYERS, _POOL_BYTES // (2 * rows * columns)))
+    count = max(2, min(_POOL_LAYERS, _POOL_BYTES // (dtype.itemsize * rows * columns)))
     return [torch.randn(rows, columns, dtype=dtype, device=device) for _ in range(count)]
 
 

@@ -84,7 +84,7 @@ class SpallmEndpoints:
                 pass
 
         def forget(name: str) -> None:
-            forget_adapter(state.openai_serving_models, name)
+            forget_adapter(state, name)
 
         here.residency = Residency(
             here.store.local_folder, call, _LOAD_SECONDS, here.tiers.found, forget

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 import os
+from pathlib import Path
 
 import torch
 from rich.console import Console
 
 from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
+from spallm_serve.server.engine_flags import found_flag
 from spallm_serve.server.quantization import PINNED_SLOTS_KEY
 from spallm_serve.server.settings import ServerSettings
 
 _PLUGINS = f"spallm,{endpoints.NAME}"
+_BINDING = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 _BFLOAT16_HINT = (
     "this processor has no bfloat16 instructions: -- --dtype float32 is faster, and takes twice "
     "the memory for cached tokens and for weights that are not compressed"
@@ -63,7 +66,11 @@ def run(settings: ServerSettings, engine_flags: list[str]) -> None:
 
 
 def _for_this_machine(engine_flags: list[str]) -> list[str]:
-    """On a CPU nothing is compiled where adapters are served, and one process has all cores."""
+    """On a CPU nothing is compiled where adapters are served, and one process has all cores.
+
+    Unless the environment binds threads to cores, or there are several memory nodes: only vLLM's
+    own way of starting workers does that.
+    """
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -71,8 +78,12 @@ def _for_this_machine(engine_flags: list[str]) -> list[str]:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     # The engine's one worker lives in the engine's process. vLLM's way is a process of its own, for
     # which the engine waits in a loop that takes a core; on two cores that is a third of the speed.
-    os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
-    chosen = any(flag.split("=")[0] == "--dtype" for flag in engine_flags)
-    if not chosen and not bfloat16_is_native(torch.device("cpu")):
+    if not any(name in os.environ for name in _BINDING) and _memory_nodes() < 2:
+        os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
+    if found_flag(engine_flags, "--dtype") is None and not bfloat16_is_native(torch.device("cpu")):
         Console(stderr=True, highlight=False).print(_BFLOAT16_HINT, soft_wrap=True)
     return ["--enforce-eager"]
+
+
+def _memory_nodes() -> int:
+    return len(list(Path("/sys/devices/system/node").glob("node[0-9]*")))

@@ -22,10 +22,10 @@ from spallm_serve.adapter import (
 from spallm_serve.adapter_files import read_adapter
 from spallm_serve.checkpoint import TABLES, WEIGHT
 from spallm_serve.errors import UserError
+from spallm_serve.server.additions import Addition, BlockAddition, LoraAddition
 from spallm_serve.server.sharding import Shard
-from spallm_serve.server.slotted import Addition, SlottedLinear
+from spallm_serve.server.slotted import SlottedLinear
 from spallm_serve.server.slotted_norm import SlottedNorm
-from spallm_serve.trainer.smt.ops import BlockLayout, block_delta
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _additions(
             _expect(name, b.shape[0], place.all_rows, "outputs of lora_B")
             down = place.shard.inputs(a).to(dtype).T.contiguous()
             up = (adapter.config.scale * place.shard.outputs(b).float()).to(dtype).T.contiguous()
-            yield name, _lora(down, up)
+            yield name, LoraAddition(down, up)
     elif isinstance(adapter.config, SmtConfig):
         for name in adapter.modules(BLOCKS):
             place = _place(name, served)
@@ -184,16 +184,7 @@ def _additions(
             if not place.shard.is_whole(place.all_rows):
                 blocks, index, size = place.shard.blocks(blocks, index, size)
             if len(index):
-                yield name, _blocks(blocks, index, size)
-
-
-def _lora(down: Tensor, up: Tensor) -> Addition:
-    return lambda y, x: torch.addmm(y, x @ down, up)
-
-
-def _blocks(blocks: Tensor, index: Tensor, size: int) -> Addition:
-    layout = BlockLayout.of(index, size)
-    return lambda y, x: block_delta(y, x, blocks, layout)
+                yield name, BlockAddition(blocks, index, size)
 
 
 def _place(name: str, served: ServedLayers) -> Place:

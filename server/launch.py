@@ -23,6 +23,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.server import runtime
 from spallm_serve.server.access_log import write_access_log
 from spallm_serve.server.directory import StoreDirectory, UsageBook
+from spallm_serve.server.engine_flags import found_flag
 from spallm_serve.server.intake import Intake
 from spallm_serve.server.limits import TenantLimiter
 from spallm_serve.server.metrics import TenantLabels, TenantMetrics
@@ -87,11 +88,10 @@ def _check_environment(engine_flags: list[str]) -> None:
             "VLLM_USE_RUST_FRONTEND is set: that front end runs no middleware, so there would be "
             "no authentication; unset it"
         )
-    for flag in engine_flags:
-        name = flag.partition("=")[0].replace("_", "-")  # vLLM takes either, and beginnings
-        for own, reason in _OWN_FLAGS.items():
-            if name.startswith("--") and own.startswith(name) and name != "--":
-                raise UserError(f"{name}: {reason}")
+    for own, reason in _OWN_FLAGS.items():
+        given = found_flag(engine_flags, own)
+        if given is not None:
+            raise UserError(f"{given}: {reason}")
 
 
 # Flags of vLLM's that would undo what this server is for.
@@ -104,6 +104,8 @@ _OWN_FLAGS = {
     "--chat-template": "the base's own template is used; put another one into its directory",
     "--enable-prompt-embeds": "embeddings that tenants send would be deserialised in the engine",
     "--trust-remote-code": "no code from a model directory is run",
+    "-dp": "one engine is asked where adapters are; start more replicas instead",
+    "--data-parallel-size": "one engine is asked where adapters are; start more replicas instead",
 }
 
 

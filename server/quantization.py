@@ -322,7 +322,8 @@ class _Loader:
                 kept = own.planes(loaded)
             else:
                 kept = own.tables(loaded)
-            self._loaded[ending, number] = kept.clone()
+            # What is read lies in the processor's memory; the parameter lies where the worker is.
+            self._loaded[ending, number] = kept.to(parameter.device, copy=True)
 
         return take
 

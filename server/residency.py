@@ -22,9 +22,9 @@ KEEP, PIN, UNPIN, RESIDENCY = "spallm_keep", "spallm_pin", "spallm_unpin", "spal
 # Where a request finds its adapter; kept: the workers hold it for others, and were not asked.
 KEPT, STORE = "kept", "store"
 _FIRST_PAUSE, _LONGEST_PAUSE = 0.002, 0.05
-# Names that the engine still knows and no request uses. It reads through all it knows for every
-# chat request; one that it has to learn again costs a question to the workers.
-IDLE_NAMES = 256
+# Names that the engine is left to know. It reads through all of them for every chat request, 0.4 ms
+# for so many; a request for one that it has to learn again waits for the step that runs.
+MOST_NAMES = 1 << 14
 
 
 class Residency:
@@ -40,8 +40,8 @@ class Residency:
         call: asks all workers.
         seconds: an adapter may take to be read.
         found: told where each request finds its adapter: kept, slot, host or store.
-        forget: told the engine's names of adapters that have not been used for longest, all beyond
-            :data:`IDLE_NAMES`.
+        forget: told the names, the least recently used first, that the engine shall know no longer
+            (:data:`MOST_NAMES`); no request uses them.
     """
 
     def __init__(
@@ -54,7 +54,8 @@ class Residency:
     ) -> None:
         self._local_folder, self._call, self._seconds = local_folder, call, seconds
         self._found, self._forget = found, forget
-        self._idle: OrderedDict[str, None] = OrderedDict()
+        # Names that the engine may know, the least recently used first.
+        self._named: OrderedDict[str, None] = OrderedDict()
         self._folders: dict[str, str] = {}
         # Of folders, and of the names under which tenants know what is in them.
         self._users: Counter[str] = Counter()
@@ -77,17 +78,17 @@ class Residency:
         name = resolved.engine_name
         self._users.update((folder, name))
         self._folders[name] = folder
-        self._idle.pop(name, None)
         try:
             await self._wait_for(resolved, folder)
+            self._named[name] = None
             yield
         finally:
             self._users.subtract((folder, name))
             if not self._users[name]:
                 del self._folders[name]
-                self._idle[name] = None
-            if len(self._idle) > IDLE_NAMES:
-                self._forget(self._idle.popitem(last=False)[0])
+            if name in self._named:
+                self._named.move_to_end(name)
+                self._forget_oldest()
             self._users += Counter()  # forgets those that nobody uses
 
     async def pin(self, resolved: Resolved) -> None:
@@ -121,6 +122,15 @@ class Residency:
             return await asyncio.to_thread(self._local_folder, resolved.digest)
         except NotFoundError as error:
             raise model_not_found(resolved.engine_name) from error
+
+    def _forget_oldest(self) -> None:
+        if len(self._named) <= MOST_NAMES:
+            return
+        for name in self._named:
+            if not self._users[name]:
+                del self._named[name]
+                self._forget(name)
+                return
 
     async def _wait_for(self, resolved: Resolved, folder: str) -> None:
         """Until an adapter is with all workers; many who want one ask once."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -13,9 +13,7 @@ from torch.nn import functional as F
 from spallm_serve.kernels import lut_linear, prepare_codes
 from spallm_serve.kernels.backend import Backend
 from spallm_serve.kernels.choice import backend_of, rounds_tables
-
-# Takes the outputs [tokens, rows of the part] and the inputs [tokens, in] of one adapter's tokens.
-Addition = Callable[[Tensor, Tensor], Tensor]
+from spallm_serve.server.additions import Addition
 
 
 @dataclass
@@ -103,7 +101,14 @@ class _DenseSegment:
     """Linears that were left as they are: the same for all slots."""
 
     weight: Tensor
-    slot_bytes: int = 0
+
+    @property
+    def device(self) -> torch.device:
+        return self.weight.device
+
+    @property
+    def slot_bytes(self) -> int:
+        return 0
 
     def product(self, x: Tensor, slots: Tensor | None, only: int) -> Tensor:
         return F.linear(x, self.weight)
@@ -121,6 +126,10 @@ class _SketchedSegment:
     tables: Tensor
     prepared_for: torch.dtype | None = None
     backend: Backend | None = None
+
+    @property
+    def device(self) -> torch.device:
+        return self.tables.device
 
     @property
     def slot_bytes(self) -> int:
@@ -215,6 +224,11 @@ class SlottedLinear:
         self._add(y, flat, step)
         return y.view(*x.shape[:-1], y.shape[-1])
 
+    @property
+    def device(self) -> torch.device:
+        """Where its codes and weights are."""
+        return self._segments[0].device
+
     def base_tables(self, part: Part) -> Tensor:
         """The base's tables of a linear, ``[out, groups, 2**bits]``."""
         return self._tables(0, part)
@@ -239,7 +253,9 @@ class SlottedLinear:
             self._tables(slot, part).copy_(self.base_tables(part) if own is None else own)
         self._added.pop(slot, None)
         if additions:
-            self._added[slot] = [(self.parts[number], add) for number, add in additions.items()]
+            self._added[slot] = [
+                (self.parts[number], add.to(self.device)) for number, add in additions.items()
+            ]
 
     @property
     def slot_bytes(self) -> int:

@@ -18,10 +18,14 @@ class SlottedNorm:
         width: of the weight.
         epsilon: added to the mean square.
         offset: what the architecture adds to the weight (Gemma: 1).
+        device: of the activations.
     """
 
-    def __init__(self, width: int, epsilon: float, offset: float) -> None:
+    def __init__(
+        self, width: int, epsilon: float, offset: float, device: torch.device | str = "cpu"
+    ) -> None:
         self.width = width
+        self._device = device
         self._epsilon, self._offset = epsilon, offset
         self._weights: dict[int, Tensor] = {}
 
@@ -29,7 +33,7 @@ class SlottedNorm:
         """Put a weight ``[width]`` into a slot that no token uses; None for the base's."""
         self._weights.pop(slot, None)
         if weight is not None:
-            self._weights[slot] = weight
+            self._weights[slot] = weight.to(self._device)
 
     def correct(self, y: Tensor, x: Tensor, step: StepSlots) -> None:
         """Overwrite what the base's weight gave.

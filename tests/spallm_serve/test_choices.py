@@ -15,9 +15,12 @@ from spallm_serve.models import load_tokenizer
 from tests.tiny_models import save_tiny, save_tokenizer
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> PreTrainedModel:
-    source = save_tiny("llama", tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", params=["llama", "gemma3", "mistral"])
+def model(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> PreTrainedModel:
+    """The last two have windows that are shorter than the prompts."""
+    source = save_tiny(request.param, tmp_path_factory.mktemp("model"))
     return AutoModelForCausalLM.from_pretrained(source).eval()
 
 
