@@ -3,6 +3,9 @@
 // and then the odd ones, which is how codes lie in the two halves of a word.
 
 #if defined(__x86_64__)
+#include "layout.h"
+#include "numbers.h"
+
 #pragma GCC target("avx2,fma,f16c")
 
 #include <immintrin.h>
@@ -49,13 +52,11 @@ INLINE FloatTable<Bits> load_table(const char* entries, Type type) {
   return {low, Bits == 4 ? load_eight(entries + 8 * size_of(type), type) : low};
 }
 
-struct Pair {
-  __m256 even, odd;
-};
+using Floats = Pair<__m256>;
 
 struct Float32 {
   using X = float;
-  using Values = Pair;
+  using Values = Floats;
   using Sum = __m256;
   using Codes = const uint8_t*;
   template <int Bits>
@@ -63,7 +64,7 @@ struct Float32 {
   template <int Bits>
   using Table = FloatTable<Bits>;
   template <int Bits>
-  using Weights = Pair;
+  using Weights = Floats;
   static constexpr int kParts = 2, kPartColumns = 2 * kLanes;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
 
@@ -93,16 +94,16 @@ struct Float32 {
   }
 
   template <int Bits>
-  static INLINE Pair look_up(__m256i index, const FloatTable<Bits>& table) {
+  static INLINE Floats look_up(__m256i index, const FloatTable<Bits>& table) {
     const __m256i odd = _mm256_srli_epi32(index, Bits == 2 ? 2 : 16);
     return {table.look_up(index), table.look_up(odd)};
   }
 
-  static INLINE Pair values(const float* x) {
+  static INLINE Floats values(const float* x) {
     return {_mm256_loadu_ps(x), _mm256_loadu_ps(x + kLanes)};
   }
 
-  static INLINE __m256 multiply_add(__m256 sum, const Pair& values, const Pair& weights) {
+  static INLINE __m256 multiply_add(__m256 sum, const Floats& values, const Floats& weights) {
     return _mm256_fmadd_ps(values.odd, weights.odd,
                            _mm256_fmadd_ps(values.even, weights.even, sum));
   }
@@ -119,7 +120,7 @@ struct Float32 {
 template <int Bits, int Step>
 INLINE void decode_step(const uint8_t* const* chunk, const FloatTable<Bits>& table, float* out) {
   const auto half = [&](__m256i index, float* at) ALWAYS_INLINE {
-    const Pair weights = Float32::look_up<Bits>(index, table);
+    const Floats weights = Float32::look_up<Bits>(index, table);
     const __m256 low = _mm256_unpacklo_ps(weights.even, weights.odd);
     const __m256 high = _mm256_unpackhi_ps(weights.even, weights.odd);
     _mm256_storeu_ps(at, _mm256_permute2f128_ps(low, high, 0x20));

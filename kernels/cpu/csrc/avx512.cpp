@@ -3,6 +3,9 @@
 // is how codes lie in the two halves of a word. Activations lie in that order, too.
 
 #if defined(__x86_64__)
+#include "layout.h"
+#include "numbers.h"
+
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 
 #include "avx512.h"
@@ -10,17 +13,15 @@
 namespace spallm {
 namespace {
 
-struct Pair {
-  __m512 even, odd;
-};
+using Floats = Pair<__m512>;
 
 struct Float32 : Avx512 {
   using X = float;
-  using Values = Pair;
+  using Values = Floats;
   template <int Bits>
   using Table = __m512;
   template <int Bits>
-  using Weights = Pair;
+  using Weights = Floats;
 
   template <int Bits>
   static INLINE __m512 table(const char* entries, Type type) {
@@ -28,16 +29,16 @@ struct Float32 : Avx512 {
   }
 
   template <int Bits>
-  static INLINE Pair look_up(__m512i index, __m512 table) {
+  static INLINE Floats look_up(__m512i index, __m512 table) {
     const __m512i odd = _mm512_srli_epi32(index, Bits == 2 ? 2 : 16);
     return {_mm512_permutexvar_ps(index, table), _mm512_permutexvar_ps(odd, table)};
   }
 
-  static INLINE Pair values(const float* x) {
+  static INLINE Floats values(const float* x) {
     return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
   }
 
-  static INLINE __m512 multiply_add(__m512 sum, const Pair& values, const Pair& weights) {
+  static INLINE __m512 multiply_add(__m512 sum, const Floats& values, const Floats& weights) {
     return _mm512_fmadd_ps(values.odd, weights.odd,
                            _mm512_fmadd_ps(values.even, weights.even, sum));
   }

@@ -3,6 +3,9 @@
 // Upper bits of an index pick one of the table's copies, so codes are shifted into place, no more.
 
 #if defined(__x86_64__)
+#include "layout.h"
+#include "numbers.h"
+
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512bf16")
 
 #include "avx512.h"

@@ -15,7 +15,8 @@
 //     lane_sums(four sums, out)
 //   };
 //
-// To be included after the file's target pragma.
+// To be included after the file's target pragma, layout.h and numbers.h before it: what is no template
+// of theirs has to run on every processor.
 
 #pragma once
 
@@ -34,6 +35,12 @@ template <int Bits>
 constexpr int kBlockSteps = Bits == 4 ? 4 : Bits == 3 ? 16 : 8;  // whole chunks' worth
 template <int Bits>
 constexpr int kBlockChunks = Bits == 3 ? 3 : 1;
+
+// Of one part of a step: the even columns, then the odd ones, as codes lie in the halves of a word.
+template <typename Register>
+struct Pair {
+  Register even, odd;
+};
 
 // Chunks that the first `live` steps of a block lie in.
 template <int Bits>
