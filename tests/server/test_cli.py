@@ -10,6 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from spallm_serve.server.cli import app
+from spallm_serve.server.engine_flags import found_flag
 from tests.tiny_models import save_tiny, save_tokenizer
 
 
@@ -40,12 +41,28 @@ def test_a_base_that_is_not_there(tmp_path: Path) -> None:
         "--trust_remote_code",
         "--enable-prompt-embeds",
         "--middlew=x.Y",
+        "--data-parallel-size=2",
+        "--data_parallel_si",
+        "-dp",
     ],
 )
 def test_flags_of_the_engine_that_would_open_the_gate(flag: str, tmp_path: Path) -> None:
     said = refused("base", "--store", tmp_path / "store", "--", flag)
     assert flag.partition("=")[0].replace("_", "-") in said
     assert not (tmp_path / "store").exists()
+
+
+@pytest.mark.parametrize(
+    ("flags", "found"),
+    [
+        (["--max-model-len", "64", "--dtype", "half"], "--dtype"),
+        (["--dt=half"], "--dt"),
+        (["--dtype-of-else", "--", "-d", "dtype"], None),
+        ([], None),
+    ],
+)
+def test_flags_are_found_as_the_engine_reads_them(flags: list[str], found: str | None) -> None:
+    assert found_flag(flags, "--dtype") == found
 
 
 def test_a_front_end_without_middleware(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
