@@ -42,7 +42,7 @@ def serve_and_ask(console: Console, base: Path, adapters: dict[str, Path], *, st
         stay: keep the server running until Ctrl-C.
     """
     data = base.parent / "store"
-    with _server(base, data) as (url, admin):
+    with _server(base, data, compiled=stay) as (url, admin):
         keys = {tenant: _tenant(data, tenant) for tenant in adapters}
         uploads = {
             tenant: _upload(url, keys[tenant], folder) for tenant, folder in adapters.items()
@@ -58,12 +58,12 @@ def serve_and_ask(console: Console, base: Path, adapters: dict[str, Path], *, st
 
 
 @contextlib.contextmanager
-def _server(base: Path, data: Path) -> Iterator[tuple[str, str]]:
-    """A running server: its address and its first admin key."""
+def _server(base: Path, data: Path, *, compiled: bool) -> Iterator[tuple[str, str]]:
+    """A running server: its address and its first admin key. To compile takes a minute."""
     log = data.with_suffix(".log")
     command = [
         Path(sys.executable).with_name("spallm-serve"), base, "--store", data,
-        "--", "--max-model-len", _MAX_MODEL_LEN,
+        "--", "--max-model-len", _MAX_MODEL_LEN, *([] if compiled else ["--enforce-eager"]),
     ]  # fmt: skip
     with server_process(command, log, "/readyz", {"VLLM_LOGGING_LEVEL": "ERROR"}) as process:
         (admin,) = re.findall(r"^\s+(spallm_\S+)", log.read_text(), re.MULTILINE)

@@ -192,7 +192,6 @@ def run_engine(
     engine = LLM(
         model,
         dtype=dtype,
-        enforce_eager=bool(adapters),
         max_model_len=_PROMPT_TOKENS + tokens + 1,
         max_num_seqs=count,
         skip_tokenizer_init=not has_tokenizer(Path(model)),

@@ -5,13 +5,11 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.linear import (
     LinearBase,
     LinearMethodBase,
-    QKVParallelLinear,
-    RowParallelLinear,
     UnquantizedLinearMethod,
 )
 from vllm.model_executor.layers.quantization.base_config import (
@@ -25,26 +23,26 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
 from vllm.model_executor.models.utils import WeightsMapper
 
 from spallm_serve.checkpoint import (
-    CODES,
     ESTIMATOR_A,
     ESTIMATOR_B,
     QUANT_METHOD,
-    TABLES,
-    WEIGHT,
     SketchConfig,
     parse_sketch_config,
 )
-from spallm_serve.errors import UserError
 from spallm_serve.kernels.packing import unpack_codes
 from spallm_serve.kernels.reference import dequantize
+from spallm_serve.server import opaque
 from spallm_serve.server.host_adapter import Place
+from spallm_serve.server.layer_loader import LayerLoader
 from spallm_serve.server.sharding import Shard
-from spallm_serve.server.slotted import Dense, Linear, Sketched, SlottedLinear, StepSlots
+from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
 
 # Layers are typed Any: they are vLLM's, and carry what it and we put on them.
-_QKV = {"q": 0, "k": 1, "v": 2}
+
 # Compute capability; the Triton programs are compiled for Ampere and later.
 _AMPERE = 80
+# Some models do not tell their token embedding its name; they have one.
+_UNNAMED_EMBEDDING = "embed_tokens"
 # Where the workers, which are processes of their own, find how many adapters may be pinned.
 PINNED_SLOTS_KEY = "spallm_pinned_slots"
 
@@ -153,7 +151,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
     ) -> None:
         """Prepare to be loaded: bits, and so shapes, may differ from linear to linear."""
         layer.spallm_dtype = params_dtype
-        loader = _Loader(layer, input_size_per_partition, output_partition_sizes, input_size)
+        loader = LayerLoader(layer, input_size_per_partition, output_partition_sizes, input_size)
         loader.left = {n for n, name in enumerate(self._names) if self._config.leaves(name)}
         loader.attach()
 
@@ -162,7 +160,7 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
 
         Linears that were left as they are have no place that an adapter could be put in.
         """
-        loader: _Loader = layer.spallm_loader
+        loader: LayerLoader = layer.spallm_loader
         slots = slot_count(get_current_vllm_config())
         layer.spallm = SlottedLinear.of(loader.linears(self._names), 1 + slots, layer.spallm_dtype)
         layer.spallm_places = {
@@ -171,9 +169,19 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
             if number not in loader.left
         }
         loader.detach()
+        opaque.make_known(
+            get_current_vllm_config(), layer.prefix, lambda x, bias: self._product(layer, x, bias)
+        )
 
     def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """``x [..., in] -> [..., out]``."""
+        if torch.compiler.is_compiling():
+            rows = layer.spallm.rows
+            y: Tensor = torch.ops.spallm.slotted_linear(x, bias, layer.prefix, rows)
+            return y
+        return self._product(layer, x, bias)
+
+    def _product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         slotted: SlottedLinear = layer.spallm
         return slotted(x, bias, self._config.step)
 
@@ -213,7 +221,7 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
         indices = layer.shard_indices
         first = indices.org_vocab_start_index
         rows = indices.org_vocab_end_index - first
-        loader = _Loader(layer, input_size, [rows], input_size)
+        loader = LayerLoader(layer, input_size, [rows], input_size)
         loader.shards = [Shard(first, rows, 0, input_size, input_size)]
         loader.attach()
 
@@ -222,9 +230,20 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
         layer.spallm_rows = layer.spallm_loader.sketch(layer.prefix)
         layer.spallm_head = None
         layer.spallm_loader.detach()
+        layer.spallm_name = layer.prefix or _UNNAMED_EMBEDDING
+        opaque.make_known(
+            get_current_vllm_config(), layer.spallm_name, lambda ids: self._rows(layer, ids)
+        )
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """``ids [...] -> [..., width]``."""
+        if torch.compiler.is_compiling():
+            width, dtype = layer.spallm_rows.columns, layer.spallm_dtype
+            y: Tensor = torch.ops.spallm.slotted_embedding(input_, layer.spallm_name, width, dtype)
+            return y
+        return self._rows(layer, input_)
+
+    def _rows(self, layer: Any, input_: Tensor) -> Tensor:
         whole: Sketched = layer.spallm_rows
         ids = input_.reshape(-1)
         codes = unpack_codes(whole.planes[:, ids], whole.columns)
@@ -237,108 +256,3 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
             layer.spallm_head = SlottedLinear.of([layer.spallm_rows], 1, layer.spallm_dtype)
         slotted: SlottedLinear = layer.spallm_head
         return slotted(x, bias, StepSlots())
-
-
-class _Loader:
-    """Takes codes and tables, or whole weights, as they come, each the worker's share, until the
-    layer is made.
-
-    Args:
-        layer: of vLLM's.
-        columns: inputs of the worker.
-        rows: outputs of the worker, of each linear.
-        all_columns: inputs.
-
-    Attributes:
-        left: numbers of the linears that were left as they are.
-        rows: outputs of each whole linear that was loaded.
-        shards: what the worker takes of each.
-    """
-
-    def __init__(self, layer: Any, columns: int, rows: list[int], all_columns: int) -> None:
-        self._layer = layer
-        self._loaded: dict[tuple[str, int], Tensor] = {}
-        self.left: set[int] = set()
-        self.rows: dict[int, int] = {}
-        self.shards = [
-            Shard(_first_row(layer, number, own), own, _first_column(layer, columns), columns,
-                  all_columns)
-            for number, own in enumerate(rows)
-        ]  # fmt: skip
-
-    def attach(self) -> None:
-        """Give the layer parameters that take what is loaded."""
-        for ending in self._endings():
-            parameter = nn.Parameter(torch.empty(0), requires_grad=False)
-            parameter.weight_loader = self._taking(ending)  # type: ignore[attr-defined]
-            self._layer.register_parameter(ending.removeprefix("."), parameter)
-        self._layer.spallm_loader = self
-
-    def detach(self) -> None:
-        """Nothing more is loaded."""
-        for ending in self._endings():
-            delattr(self._layer, ending.removeprefix("."))
-        self._loaded.clear()
-
-    def linears(self, names: list[str]) -> list[Linear]:
-        """What was loaded.
-
-        Raises:
-            UserError: something was not.
-        """
-        return [self._linear(number, name) for number, name in enumerate(names)]
-
-    def sketch(self, name: str) -> Sketched:
-        """What was loaded for a layer that is one compressed linear.
-
-        Raises:
-            UserError: something was not.
-        """
-        planes, tables = (self._taken(ending, 0, name) for ending in (CODES, TABLES))
-        return Sketched(planes, tables, self.shards[0].columns)
-
-    def _linear(self, number: int, name: str) -> Linear:
-        if number in self.left:
-            return Dense(self._taken(WEIGHT, number, name))
-        planes, tables = (self._taken(ending, number, name) for ending in (CODES, TABLES))
-        return Sketched(planes, tables, self.shards[number].columns)
-
-    def _endings(self) -> tuple[str, ...]:
-        return (CODES, TABLES, WEIGHT) if self.left else (CODES, TABLES)
-
-    def _taken(self, ending: str, number: int, name: str) -> Tensor:
-        if (ending, number) not in self._loaded:
-            raise UserError(f"{name}{ending}: is not in the checkpoint")
-        return self._loaded[ending, number]
-
-    def _taking(self, ending: str) -> Any:
-        def take(parameter: nn.Parameter, loaded: Tensor, shard: str | int | None = None) -> None:
-            number = _QKV[shard] if isinstance(shard, str) else shard or 0
-            own = self.shards[number]
-            if ending == WEIGHT:
-                kept = own.outputs(own.inputs(loaded))
-            elif ending == CODES:
-                self.rows[number] = loaded.shape[1]
-                kept = own.planes(loaded)
-            else:
-                kept = own.tables(loaded)
-            # What is read lies in the processor's memory; the parameter lies where the worker is.
-            self._loaded[ending, number] = kept.to(parameter.device, copy=True)
-
-        return take
-
-
-def _first_row(layer: Any, number: int, rows: int) -> int:
-    """Where a worker's outputs of a linear begin."""
-    if isinstance(layer, RowParallelLinear) or getattr(layer, "tp_size", 1) == 1:
-        return 0
-    rank = int(layer.tp_rank)
-    if isinstance(layer, QKVParallelLinear) and number > 0:
-        # Workers beyond the number of key heads hold copies.
-        rank //= int(layer.num_kv_head_replicas)
-    return rank * rows
-
-
-def _first_column(layer: Any, columns: int) -> int:
-    """Where a worker's inputs begin."""
-    return int(layer.tp_rank) * columns if isinstance(layer, RowParallelLinear) else 0

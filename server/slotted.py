@@ -225,6 +225,11 @@ class SlottedLinear:
         return y.view(*x.shape[:-1], y.shape[-1])
 
     @property
+    def rows(self) -> int:
+        """out, of all linears together."""
+        return self.parts[-1].offset + self.parts[-1].rows
+
+    @property
     def device(self) -> torch.device:
         """Where its codes and weights are."""
         return self._segments[0].device

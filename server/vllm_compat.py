@@ -7,20 +7,22 @@ class is replaced by :class:`SlotManager`; for all others it stays vLLM's own.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from vllm.config import VllmConfig
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.layers.layernorm import GemmaRMSNorm, RMSNorm
+from vllm.platforms import current_platform
 from vllm.v1.worker import lora_model_runner_mixin as mixin
 from vllm.version import __version__ as VLLM_VERSION
 
 from spallm_serve.errors import UserError
+from spallm_serve.server import opaque
 from spallm_serve.server.host_adapter import Place, ServedLayers, load_host_adapter
 from spallm_serve.server.host_tier import HostTier
 from spallm_serve.server.quantization import PINNED_SLOTS_KEY, SpallmQuantization, slot_count
@@ -29,6 +31,7 @@ from spallm_serve.server.resident import ResidentAdapters
 from spallm_serve.server.slots import BASE_SLOT
 from spallm_serve.server.slotted import SlottedLinear, StepSlots
 from spallm_serve.server.slotted_norm import SlottedNorm
+from spallm_serve.server.stack_room import with_stack_room
 
 TESTED_VERSIONS = ("0.32.",)
 # Where the host tier's budget is put for the workers; they are processes of their own.
@@ -65,6 +68,25 @@ def install() -> None:
     stock = getattr(mixin, _STOCK_MANAGER)
     if not isinstance(stock, partial):
         setattr(mixin, _STOCK_MANAGER, partial(_make_manager, stock))
+        check = current_platform.check_and_update_config
+        current_platform.check_and_update_config = partial(_check_and_update_config, check)
+
+
+def _check_and_update_config(stock: Callable[[VllmConfig], None], vllm_config: VllmConfig) -> None:
+    """Let models of ours be compiled.
+
+    vLLM compiles nothing on a CPU where there may be LoRAs, because those of its own change layers
+    that a graph would hold. Of ours it holds the names. CUDA graphs would hold a step's slots.
+    """
+    if not isinstance(vllm_config.quant_config, SpallmQuantization):
+        stock(vllm_config)
+        return
+    loras, vllm_config.lora_config = vllm_config.lora_config, None
+    try:
+        stock(vllm_config)
+    finally:
+        vllm_config.lora_config = loras
+    vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
 
 
 def _make_manager(
@@ -106,11 +128,12 @@ class SlotManager:
                 layers[module.prefix] = module.spallm
                 places |= module.spallm_places
             elif isinstance(module, RMSNorm | GemmaRMSNorm):
-                norms[name] = self._slotted(module)
+                norms[name] = self._slotted(module, name, vllm_config)
         served = ServedLayers(self._quantization.sketch.base_digest, layers, places, norms)
         host = HostTier(partial(load_host_adapter, served=served, dtype=self._dtype),
                         self._host_bytes)  # fmt: skip
         self.resident = ResidentAdapters(served, host, self._slots, self._pins)
+        model.forward = with_stack_room(model.forward)
         return model
 
     def set_active_adapters(self, requests: set[LoRARequest], mapping: Any) -> None:
@@ -175,7 +198,7 @@ class SlotManager:
         """Adapters are for the language model."""
         return False
 
-    def _slotted(self, module: Any) -> SlottedNorm:
+    def _slotted(self, module: Any, name: str, vllm_config: VllmConfig) -> SlottedNorm:
         """Have a normalisation of vLLM's corrected after each use."""
         offset = 1.0 if isinstance(module, GemmaRMSNorm) else 0.0
         epsilon = module.variance_epsilon
@@ -184,8 +207,14 @@ class SlotManager:
         def correct(_: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
             # With a residual, their sum comes back beside it, and is what was normalised.
             y, x = output if isinstance(output, tuple) else (output, inputs[0])
-            norm.correct(y, x, self._quantization.step)
+            if torch.compiler.is_compiling():
+                torch.ops.spallm.correct_norm(y, x, name)
+            else:
+                norm.correct(y, x, self._quantization.step)
 
+        opaque.make_known(
+            vllm_config, name, lambda y, x: norm.correct(y, x, self._quantization.step)
+        )
         module.register_forward_hook(correct)
         return norm
 

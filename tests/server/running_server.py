@@ -82,7 +82,7 @@ def start(base: Path, data: Path) -> tuple[subprocess.Popen[bytes], str, str]:
         data,
     ]
     command += ["--slots", 2, "--", "--max-model-len", 128, "--dtype", "float32"]
-    command += ["--block-size", 32, "--enable-prompt-tokens-details"]
+    command += ["--block-size", 32, "--enable-prompt-tokens-details", "--enforce-eager"]
     # Calls of tools are told from text by a parser of vLLM's, which is chosen for each model.
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}

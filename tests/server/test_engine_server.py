@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 import pytest
 
@@ -39,9 +40,49 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
     monkeypatch.delenv(IN_PROCESS, raising=False)
     engine_server.run(ServerSettings(base="/base", store="/store"), flags)
     assert served[len(served) - len(flags) :] == flags  # the last of a flag counts
-    assert "--enforce-eager" in served
     assert os.environ[IN_PROCESS] == "0"
     assert ("--dtype float32 is faster" in capfd.readouterr().err) == hints
+
+
+@pytest.mark.parametrize(
+    ("compiler", "flags", "eager", "says"),
+    [
+        ("true", [], 0, "compiling the model"),
+        ("/no/such/compiler", [], 1, "runs uncompiled"),
+        ("true", ["--enforce-eager"], 1, ""),
+        ("/no/such/compiler", ["--enforce-eager"], 1, ""),
+    ],
+)
+def test_a_model_is_compiled_where_there_is_a_compiler(
+    compiler: str,
+    flags: list[str],
+    eager: int,
+    says: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(vllm_compat, "serve", served.extend)
+    monkeypatch.setattr(engine_server, "bfloat16_is_native", lambda device: True)
+    monkeypatch.setattr(engine_server.sysconfig, "get_path", lambda name: str(tmp_path))
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setenv("CXX", compiler)
+    engine_server.run(ServerSettings(base="/base", store="/store"), flags)
+    assert served.count("--enforce-eager") == eager
+    told = capfd.readouterr().err
+    assert says in told if says else "compil" not in told
+
+
+def test_without_python_headers_nothing_is_compiled(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    served: list[str] = []
+    monkeypatch.setattr(vllm_compat, "serve", served.extend)
+    monkeypatch.setattr(engine_server.sysconfig, "get_path", lambda name: str(tmp_path))
+    monkeypatch.setenv("CXX", "true")
+    engine_server.run(ServerSettings(base="/base", store="/store"), [])
+    assert "--enforce-eager" in served
 
 
 @pytest.mark.parametrize(
