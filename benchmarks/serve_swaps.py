@@ -24,6 +24,10 @@ from spallm_serve.errors import UserError
 # Versions that a round may have; the next round's numbers begin behind them.
 _ROUND = 100_000
 _ALONE, _ASKS, _SWAPS = "alone", "another tenant asks", "another tenant swaps"
+_SWAPS_FOR_A_TOKEN = "another tenant swaps, for a prompt and an answer of a token"
+# What the other tenant does, in turns; and which situation is compared with which.
+_SITUATIONS = (_ASKS, _SWAPS, _SWAPS_FOR_A_TOKEN)
+_COMPARED = ((_SWAPS, _ALONE), (_SWAPS, _ASKS), (_SWAPS_FOR_A_TOKEN, _ALONE))
 
 
 def swap_records(
@@ -34,7 +38,8 @@ def swap_records(
 
     The other asks its adapter all the time, and either uploads a new version for each request or
     does not. What swaps cost is the difference of these two; what the other's prompts and tokens
-    cost, which share the stream's steps, is the rest.
+    cost, which share the stream's steps, is the rest. Of that little is left where the other asks
+    for one token with one token.
 
     Args:
         url: of our server.
@@ -47,8 +52,8 @@ def swap_records(
         first_round: number of the first; a round uploads what no round of another number has.
         prompt_chunk: tokens of a prompt that the server reads in a step; None for all.
     """
-    loads: dict[str, list[Load]] = {_ALONE: [], _ASKS: [], _SWAPS: []}
-    answers: dict[str, int] = {_ASKS: 0, _SWAPS: 0}
+    loads: dict[str, list[Load]] = {name: [] for name in (_ALONE, *_SITUATIONS)}
+    answers = dict.fromkeys(_SITUATIONS, 0)
 
     def stream() -> Load:
         asks = [asking.of(tenants.adapters[0]) for _ in range(requests)]
@@ -56,12 +61,15 @@ def swap_records(
 
     for number in range(first_round, first_round + rounds):
         loads[_ALONE].append(stream())
-        # In turns, also which of the two is first.
-        for situation in (_ASKS, _SWAPS) if number % 2 else (_SWAPS, _ASKS):
-            uploads = situation == _SWAPS
-            first = (2 * number + uploads) * _ROUND
-            ask = asking.of(tenants.mover)
-            with _mover(url, ask, adapter, first, tokens, uploads=uploads) as count:
+        # In turns, also which is first.
+        turn = number % len(_SITUATIONS)
+        for place, situation in enumerate((*_SITUATIONS[turn:], *_SITUATIONS[:turn])):
+            first = (len(_SITUATIONS) * number + place) * _ROUND
+            ask, answer = asking.of(tenants.mover), tokens
+            if situation == _SWAPS_FOR_A_TOKEN:
+                ask, answer = Ask(ask.target, ask.prompt[:1]), 1
+            uploads = situation != _ASKS
+            with _mover(url, ask, adapter, first, answer, uploads=uploads) as count:
                 loads[situation].append(stream())
             answers[situation] += count()
     server: dict[str, str | int | float | bool | None] = {"server": "spallm", "concurrency": 1}
@@ -81,12 +89,12 @@ def swap_records(
             runs=rounds,
             spread=(round(min(each_round), 5), round(max(each_round), 5)),
         )
-    for situation in (_ALONE, _ASKS):
-        pairs = zip(loads[_SWAPS], loads[situation], strict=True)
-        ratios = [_p99(swapping) / _p99(other) for swapping, other in pairs]
+    for swapping, other in _COMPARED:
+        pairs = zip(loads[swapping], loads[other], strict=True)
+        ratios = [_p99(load) / _p99(without) for load, without in pairs]
         yield Record(
             bench="serve",
-            case=server | rates[_SWAPS] | {"over": situation},
+            case=server | rates[swapping] | {"stream": swapping, "over": other},
             metric="inter_token_p99_while_swapping_over",
             ours=round(statistics.median(ratios), 3),
             runs=rounds,

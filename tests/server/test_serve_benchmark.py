@@ -230,10 +230,11 @@ def test_a_stream_is_timed_alone_and_while_another_tenant_swaps(
     tenants = Tenants(Target("base"), [Target("tuned", KEY)], Target("tuned", "mover"), "admin")
     asking = Asking(tenants.base, tenants.adapters, 200)
     records = list(swap_records(url, tenants, tmp_path, asking, requests=2, tokens=3, rounds=1))
-    alone, asks, swaps, over_alone, over_asks = records
-    assert alone.ours and asks.ours and swaps.ours
+    alone, asks, swaps, for_a_token, over_alone, over_asks, token_over_alone = records
+    assert alone.ours and asks.ours and swaps.ours and for_a_token.ours
     assert over_alone.ours == pytest.approx(swaps.ours / alone.ours, rel=0.01)
     assert over_asks.ours == pytest.approx(swaps.ours / asks.ours, rel=0.01)
+    assert token_over_alone.ours == pytest.approx(for_a_token.ours / alone.ours, rel=0.01)
     asked = [each for each in state.asked if each[1] == "Bearer mover"]
     assert len(asked) > len(state.uploads) >= 3, "one that only asks uploads once"
     assert len(set(state.uploads)) == len(state.uploads)
