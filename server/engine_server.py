@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
-import sysconfig
 from pathlib import Path
 
 import torch
 from rich.console import Console
+from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from vllm import envs
 
 from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
+from spallm_serve.server.compiling import CannotCompileError, prepare_compiling
 from spallm_serve.server.engine_flags import found_flag
 from spallm_serve.server.quantization import PINNED_SLOTS_KEY
 from spallm_serve.server.settings import ServerSettings
@@ -24,10 +24,11 @@ _BFLOAT16_HINT = (
     "this processor has no bfloat16 instructions: -- --dtype float32 is faster, and takes twice "
     "the memory for cached tokens and for weights that are not compressed"
 )
-_NO_COMPILER = (
-    "the model runs uncompiled, about a fifth slower: there is no C++ compiler (g++, or what CXX "
-    "says), or no Python headers for it"
-)
+_TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+# Who uses one of these knows.
+_ABOUT_COMPILING = ("--no-enforce-eager", "--compilation-config")
+_SHORT_ABOUT_COMPILING = ("-O", "-cc")  # with what they say right behind
+_UNCOMPILED = "the model runs uncompiled, about a fifth slower"
 _COMPILES = (
     "compiling the model: a minute or more at the first start, less at others; with "
     "-- --enforce-eager the server starts at once and decodes about a fifth slower"
@@ -85,7 +86,8 @@ def _for_this_machine(engine_flags: list[str]) -> list[str]:
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
-        return []
+        # Nothing of ours has been compiled on one yet; --no-enforce-eager comes after this.
+        return ["--enforce-eager"]
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     # The engine's one worker lives in the engine's process. vLLM's way is a process of its own, for
     # which the engine waits in a loop that takes a core; on two cores that is a third of the speed.
@@ -101,22 +103,25 @@ def _compiling(engine_flags: list[str], console: Console) -> list[str]:
     """Flags for a model that is compiled, or is not where nothing compiles."""
     if found_flag(engine_flags, "--enforce-eager") is not None:
         return []
-    if not _can_compile():
-        console.print(_NO_COMPILER, soft_wrap=True)
+    short = any(flag.startswith(_SHORT_ABOUT_COMPILING) for flag in engine_flags)
+    told = short or any(found_flag(engine_flags, flag) for flag in _ABOUT_COMPILING)
+    try:
+        folder = prepare_compiling(Path(envs.VLLM_CACHE_ROOT))
+    except CannotCompileError as error:
+        if told:
+            return []
+        console.print(f"{_UNCOMPILED}: {error}", soft_wrap=True, markup=False)
         return ["--enforce-eager"]
+    # Torch's own folder has a name that anybody on the machine could have taken; importing it has
+    # set the variable. Headers that it compiles are always kept there.
+    if os.environ.get(_TORCH_CACHE, default_cache_dir()) == default_cache_dir():
+        os.environ[_TORCH_CACHE] = str(folder)
+    os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
     # What vLLM would keep of a compiled model cannot be read again on a CPU; what torch keeps can.
-    # Its own folder for that is one that anybody on the machine could have made.
     os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
-    kept = Path(envs.VLLM_CACHE_ROOT) / "spallm_compiled"
-    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(kept))
-    console.print(_COMPILES, soft_wrap=True)
+    if not told:
+        console.print(_COMPILES, soft_wrap=True)
     return []
-
-
-def _can_compile() -> bool:
-    """Whether there is what the compiler runs: of C++, and the headers of Python."""
-    compiler = shutil.which(os.environ.get("CXX", "g++"))
-    return compiler is not None and (Path(sysconfig.get_path("include")) / "Python.h").is_file()
 
 
 def _memory_nodes() -> int:

@@ -7,6 +7,7 @@ those that attention layers are found by.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -28,8 +29,23 @@ def make_known(vllm_config: VllmConfig, name: str, layer: Callable[..., Any]) ->
         vllm_config: of the model.
         name: what its operator is called with.
         layer: what is done in every step, see the operators.
+
+    Raises:
+        ValueError: another layer has the name.
     """
-    vllm_config.compilation_config.static_forward_context[_OURS + name] = layer
+    known = vllm_config.compilation_config.static_forward_context
+    if _OURS + name in known:
+        raise ValueError(f"two layers are called {name}")
+    known[_OURS + name] = layer
+
+
+def unused_name(vllm_config: VllmConfig, beginning: str) -> str:
+    """A name for a layer that has none: the same in every process that loads the same models."""
+    known = vllm_config.compilation_config.static_forward_context
+    numbers = itertools.count()
+    return next(
+        name for number in numbers if _OURS + (name := f"{beginning}.{number}") not in known
+    )
 
 
 def linear(x: Tensor, bias: Tensor | None, name: str, rows: int) -> Tensor:

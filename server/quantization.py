@@ -41,8 +41,6 @@ from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
 
 # Compute capability; the Triton programs are compiled for Ampere and later.
 _AMPERE = 80
-# Some models do not tell their token embedding its name; they have one.
-_UNNAMED_EMBEDDING = "embed_tokens"
 # Where the workers, which are processes of their own, find how many adapters may be pinned.
 PINNED_SLOTS_KEY = "spallm_pinned_slots"
 
@@ -183,7 +181,11 @@ class SpallmLinear(LinearMethodBase):  # type: ignore[misc]
 
     def _product(self, layer: Any, x: Tensor, bias: Tensor | None) -> Tensor:
         slotted: SlottedLinear = layer.spallm
-        return slotted(x, bias, self._config.step)
+        return slotted(x, bias, self._step)
+
+    @property
+    def _step(self) -> StepSlots:
+        return self._config.step
 
 
 class SpallmHead(SpallmLinear):
@@ -194,10 +196,9 @@ class SpallmHead(SpallmLinear):
         layer.spallm_loader.detach()
         return embed_tokens
 
-    def apply(self, layer: Any, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``x [tokens, width] -> [tokens, vocabulary]``."""
-        slotted: SlottedLinear = layer.spallm
-        return slotted(x, bias, self._config.sampled)
+    @property
+    def _step(self) -> StepSlots:
+        return self._config.sampled
 
 
 class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
@@ -230,10 +231,10 @@ class SpallmEmbedding(QuantizeMethodBase):  # type: ignore[misc]
         layer.spallm_rows = layer.spallm_loader.sketch(layer.prefix)
         layer.spallm_head = None
         layer.spallm_loader.detach()
-        layer.spallm_name = layer.prefix or _UNNAMED_EMBEDDING
-        opaque.make_known(
-            get_current_vllm_config(), layer.spallm_name, lambda ids: self._rows(layer, ids)
-        )
+        config = get_current_vllm_config()
+        # Some models do not tell their embedding its name.
+        layer.spallm_name = layer.prefix or opaque.unused_name(config, "embedding")
+        opaque.make_known(config, layer.spallm_name, lambda ids: self._rows(layer, ids))
 
     def embedding(self, layer: Any, input_: Tensor) -> Tensor:
         """``ids [...] -> [..., width]``."""

@@ -21,6 +21,7 @@ from vllm.platforms import current_platform
 from vllm.v1.worker import lora_model_runner_mixin as mixin
 from vllm.version import __version__ as VLLM_VERSION
 
+from spallm_serve.checkpoint import QUANT_METHOD
 from spallm_serve.errors import UserError
 from spallm_serve.server import opaque
 from spallm_serve.server.host_adapter import Place, ServedLayers, load_host_adapter
@@ -78,7 +79,7 @@ def _check_and_update_config(stock: Callable[[VllmConfig], None], vllm_config: V
     vLLM compiles nothing on a CPU where there may be LoRAs, because those of its own change layers
     that a graph would hold. Of ours it holds the names. CUDA graphs would hold a step's slots.
     """
-    if not isinstance(vllm_config.quant_config, SpallmQuantization):
+    if not _is_ours(vllm_config):
         stock(vllm_config)
         return
     loras, vllm_config.lora_config = vllm_config.lora_config, None
@@ -87,6 +88,15 @@ def _check_and_update_config(stock: Callable[[VllmConfig], None], vllm_config: V
     finally:
         vllm_config.lora_config = loras
     vllm_config.compilation_config.cudagraph_mode = CUDAGraphMode.NONE
+
+
+def _is_ours(vllm_config: VllmConfig) -> bool:
+    """A model of ours, or one that drafts for it, which has the same configuration of compiling."""
+    if isinstance(vllm_config.quant_config, SpallmQuantization):
+        return True
+    drafts = vllm_config.speculative_config
+    target = None if drafts is None else drafts.target_model_config
+    return target is not None and target.quantization == QUANT_METHOD
 
 
 def _make_manager(

