@@ -132,7 +132,7 @@ def test_a_compiled_base_answers_as_with_transformers(
         stop(engine)
     models = [oracle(base, adapters[each] if each else None) for each in asked]
     assert found == [greedy(model, list(prompt), TOKENS) for prompt in PROMPTS for model in models]
-    assert any(each.startswith("embedding.") for each in used)
+    assert any("embed" in each for each in used)
     assert any(each.endswith(".qkv_proj") for each in used)
     assert any("norm" in each for each in used) == adapts
 
