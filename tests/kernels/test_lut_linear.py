@@ -105,6 +105,33 @@ def test_a_token_does_not_see_who_it_is_with(
     check()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize(("groups", "width"), [(1, 4001), (3, 1399), (9, 700), (40, 101)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("name", [f"cpu-{level}" for level in LEVELS])
+def test_wide_layers_are_multiplied_in_spans(
+    name: str,
+    dtype: torch.dtype,
+    groups: int,
+    width: int,
+    bits: int,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Activations do not fit the first cache; a span may end within a group. To the bit what one
+    token alone has, which takes no spans."""
+    force(monkeypatch, name)
+    for tokens in (3, 8, 11):
+        case = make_case(
+            bits, rows=37, width=width, groups=groups, tokens=tokens, n_slots=None, dtype=dtype
+        )
+        assert_right(case)
+        codes = prepared(case)
+        together = lut_linear(case.x, codes, case.tables)
+        for token in range(tokens):
+            alone = lut_linear(case.x[token : token + 1], codes, case.tables)
+            assert torch.equal(alone[0], together[token])
+
+
 @pytest.mark.parametrize("tokens", [1, 9, 100])
 @pytest.mark.parametrize("name", [f"cpu-{level}" for level in LEVELS])
 def test_threads_share_out_rows(

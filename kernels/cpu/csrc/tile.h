@@ -36,6 +36,10 @@ constexpr int kBlockSteps = Bits == 4 ? 4 : Bits == 3 ? 16 : 8;  // whole chunks
 template <int Bits>
 constexpr int kBlockChunks = Bits == 3 ? 3 : 1;
 
+// Of activations: more of all tokens than the first do not stay in the first cache, beside codes and
+// sums, and so many of a span do.
+constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;
+
 // Of one part of a step: the even columns, then the odd ones, as codes lie in the halves of a word.
 template <typename Register>
 struct Pair {
@@ -121,40 +125,65 @@ struct Tile {
   }
 };
 
-// products[t * kRowBlock + r] of `rows` rows, Rows at a time; a rest is left out.
-template <typename Math, int Bits, int Rows, int Tokens, bool OneSlot>
+// products[t * kRowBlock + r] of `rows` rows, Rows at a time; a rest is left out. In spans, a part of
+// the columns is multiplied for all rows before the next part: where the activations together do
+// not stay in the first cache, every few rows would fetch them anew.
+template <typename Math, int Bits, int Rows, int Tokens, bool OneSlot, bool InSpans>
 void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char* const* tables,
                Type type, const typename Math::X* const* x, float* products) {
   constexpr int kSteps = kBlockSteps<Bits>;
+  constexpr int64_t kBlockBytes = kBlockChunks<Bits> * kChunk;
+  constexpr int64_t kFit =
+      kSpanBytes / (Tokens * sizeof(typename Math::X) * kSteps * kStep), kSpan = kFit > 1 ? kFit : 1;
   constexpr auto kEach = std::make_integer_sequence<int, kSteps>{};
   using Sums = Tile<Math, Bits, Rows, Tokens, OneSlot>;
-  const int64_t steps = layout.steps(), chunks = layout.chunks(), row_bytes = layout.row_bytes();
-  const int64_t groups = layout.groups, table_bytes = layout.entries() * size_of(type);
-  for (int row = 0; row + Rows <= rows; row += Rows, codes += Rows * row_bytes) {
-    // What the next block needs: the processor's own guess ends at every page.
-    const char* ahead = reinterpret_cast<const char*>(codes + rows * row_bytes);
-    for (int64_t at = 0; at < Rows * row_bytes; at += kChunk) __builtin_prefetch(ahead + at);
-    Sums tile;
-#pragma GCC unroll 4
-    for (int r = 0; r < Rows; ++r)
-#pragma GCC unroll 8
-      for (int t = 0; t < Tokens; ++t) tile.sums[r][t] = Math::zero();
-    for (int64_t g = 0; g < groups; ++g) {
+  const int64_t steps = layout.steps(), row_bytes = layout.row_bytes(), groups = layout.groups;
+  const int64_t group_bytes = layout.chunks() * kChunk;
+  const int64_t table_bytes = layout.entries() * size_of(type);
+  const int64_t group_blocks = (steps + kSteps - 1) / kSteps, blocks = groups * group_blocks;
+  typename Math::Sum kept[kRowBlock / Rows][Rows][Tokens];
+  for (int64_t first = 0, last = 0; last < blocks; first = last) {
+    last = !InSpans || first + kSpan > blocks ? blocks : first + kSpan;
+    for (int row = 0; row + Rows <= rows; row += Rows) {
+      Sums tile;
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int t = 0; t < Sums::kTables; ++t)
-          tile.tables[r][t] = Math::template table<Bits>(
-              tables[t] + ((row + r) * groups + g) * table_bytes, type);
-      const uint8_t* chunk = codes + g * chunks * kChunk;
-      int64_t step = 0;
-      for (; step + kSteps <= steps; step += kSteps, chunk += kBlockChunks<Bits> * kChunk)
-        tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep, kSteps, kEach);
-      if (step < steps)
-        tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep,
-                            static_cast<int>(steps - step), kEach);
+        for (int t = 0; t < Tokens; ++t)
+          tile.sums[r][t] = InSpans && first > 0 ? kept[row / Rows][r][t] : Math::zero();
+      for (int64_t g = InSpans ? first / group_blocks : 0; g * group_blocks < last; ++g) {
+#pragma GCC unroll 4
+        for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+          for (int t = 0; t < Sums::kTables; ++t)
+            tile.tables[r][t] = Math::template table<Bits>(
+                tables[t] + ((row + r) * groups + g) * table_bytes, type);
+        // Of this group's steps.
+        int64_t step = InSpans && first > g * group_blocks ? (first - g * group_blocks) * kSteps : 0;
+        const int64_t span_end = (last - g * group_blocks) * kSteps;
+        const int64_t stop = InSpans && span_end < steps ? span_end : steps;
+        const uint8_t* chunk =
+            codes + row * row_bytes + g * group_bytes + step / kSteps * kBlockBytes;
+        // What the next rows need: the processor's own guess ends at every page.
+        const char* ahead = reinterpret_cast<const char*>(chunk + rows * row_bytes);
+        const int64_t ahead_bytes = (stop - step + kSteps - 1) / kSteps * kBlockBytes;
+        for (int r = 0; r < Rows; ++r, ahead += row_bytes)
+          for (int64_t at = 0; at < ahead_bytes; at += kChunk) __builtin_prefetch(ahead + at);
+        for (; step + kSteps <= stop; step += kSteps, chunk += kBlockBytes)
+          tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep, kSteps, kEach);
+        if (step < stop)
+          tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep,
+                              static_cast<int>(stop - step), kEach);
+      }
+      if (!InSpans || last == blocks) {
+        tile.put(products + row);
+        continue;
+      }
+#pragma GCC unroll 4
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int t = 0; t < Tokens; ++t) kept[row / Rows][r][t] = tile.sums[r][t];
     }
-    tile.put(products + row);
   }
 }
 
@@ -163,19 +192,25 @@ using DotTiles = void (*)(const Layout&, const uint8_t*, int, const char* const*
                           const typename Math::X* const*, float*);
 
 // For Least tokens or more.
-template <typename Math, int Bits, int Rows, bool OneSlot, int Least, int... More>
+template <typename Math, int Bits, int Rows, bool OneSlot, bool InSpans, int Least, int... More>
 DotTiles<Math> dot_for(int count, std::integer_sequence<int, More...>) {
-  static constexpr DotTiles<Math> kFor[] = {dot_tiles<Math, Bits, Rows, Least + More, OneSlot>...};
+  static constexpr DotTiles<Math> kFor[] = {
+      dot_tiles<Math, Bits, Rows, Least + More, OneSlot, InSpans>...};
   return kFor[count - Least];
 }
 
 template <typename Math, int Bits, int Rows, int Least, int MostTokens, int MostSlots>
-DotTiles<Math> dot_for(const Batch& batch) {
+DotTiles<Math> dot_for(const Layout& layout, const Batch& batch) {
   constexpr int kLeastSlots = Least < 2 ? 2 : Least;  // one token is of one slot
   constexpr auto kTokens = std::make_integer_sequence<int, MostTokens - Least + 1>{};
   constexpr auto kSlots = std::make_integer_sequence<int, MostSlots - kLeastSlots + 1>{};
-  return batch.one_slot ? dot_for<Math, Bits, Rows, true, Least>(batch.count, kTokens)
-                        : dot_for<Math, Bits, Rows, false, kLeastSlots>(batch.count, kSlots);
+  // With a slot for each token it is look-ups that take the time.
+  if (!batch.one_slot) return dot_for<Math, Bits, Rows, false, false, kLeastSlots>(batch.count, kSlots);
+  if constexpr (Least > Math::kFewTokens) {
+    if (batch.count * layout.padded() * int64_t{sizeof(typename Math::X)} > kCacheBytes)
+      return dot_for<Math, Bits, Rows, true, true, Least>(batch.count, kTokens);
+  }
+  return dot_for<Math, Bits, Rows, true, false, Least>(batch.count, kTokens);
 }
 
 // One row at a time, a few tokens at a time, each with its own tables: for the rows that are left.
@@ -186,7 +221,7 @@ void dot_rest(const Layout& layout, const uint8_t* codes, int rows, const Batch&
   constexpr auto kCounts = std::make_integer_sequence<int, kMaxSlots>{};
   for (int start = 0; start < batch.count; start += kMaxSlots) {
     const int left = batch.count - start;
-    dot_for<Math, Bits, 1, false, 1>(left < kMaxSlots ? left : kMaxSlots, kCounts)(
+    dot_for<Math, Bits, 1, false, false, 1>(left < kMaxSlots ? left : kMaxSlots, kCounts)(
         layout, codes, rows, tables + start, type, x + start, products + start * kRowBlock);
   }
 }
@@ -202,8 +237,8 @@ void dot_rows(const Layout& layout, const uint8_t* codes, int rows, const Batch&
   const bool few = batch.count <= kFew;
   const int together = few ? Math::kFewRows : Math::kManyRows, whole = rows / together * together;
   if (whole > 0)
-    (few ? dot_for<Math, Bits, Math::kFewRows, 1, kFew, kFew>(batch)
-         : dot_for<Math, Bits, Math::kManyRows, kFew + 1, kMaxTokens, kMaxSlots>(batch))(
+    (few ? dot_for<Math, Bits, Math::kFewRows, 1, kFew, kFew>(layout, batch)
+         : dot_for<Math, Bits, Math::kManyRows, kFew + 1, kMaxTokens, kMaxSlots>(layout, batch))(
         layout, codes, whole, tables, type, x, products);
   if (whole == rows) return;
   const char* rest[kMaxTokens];

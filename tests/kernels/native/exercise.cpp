@@ -139,7 +139,7 @@ void exercise(const Layout& layout) {
 
 int main() {
   for (int round = 0; round < 50; ++round) {
-    const int64_t groups = pick(1, 4), width = pick(0, 3) == 0 ? 32 * pick(1, 20) : pick(1, 300);
+    const int64_t groups = pick(1, 4), width = pick(0, 3) == 0 ? 32 * pick(1, 40) : pick(1, 300);
     const Layout layout{pick(1, 21), groups * width, groups, static_cast<int32_t>(pick(2, 4))};
     repack(layout);
     exercise(layout);
