@@ -10,7 +10,6 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -33,6 +32,7 @@ from spallm_serve.adapters_store.manifest import BaseManifest
 from spallm_serve.adapters_store.tensor_header import TensorHeader, read_header
 from spallm_serve.adapters_store.untrusted_json import parse_json
 from spallm_serve.errors import UserError
+from spallm_serve.precision import all_finite
 
 _CONFIG_DEPTH = 8
 # Fields that PEFT writes and that change nothing here. What is not known is refused: the next
@@ -208,7 +208,7 @@ def _check_finite(name: str, tensor: Tensor) -> None:
     if not tensor.is_floating_point():
         return
     for stretch in tensor.flatten().split(_STRETCH):
-        if not bool(torch.isfinite(stretch).all()):
+        if not all_finite(stretch):
             raise RejectedError(f"{name} holds NaN or Inf; was training unstable?")
 
 

@@ -10,6 +10,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+from spallm_serve.server.background import step_back
+
 
 class Sized(Protocol):
     """Something that takes memory."""
@@ -57,7 +59,7 @@ class HostTier(Generic[Held]):
         self._kept: set[str] = set()
         self.loads = Loads()
         self._loading: dict[str, Future[Held]] = {}
-        self._threads = ThreadPoolExecutor(2, thread_name_prefix="spallm-load")
+        self._threads = ThreadPoolExecutor(2, "spallm-load", initializer=step_back)
 
     def prefetch(self, folder: str) -> Future[Held]:
         """Begin to load an adapter; done at once if it is here."""

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import TypeVar
 
+from spallm_serve.server.background import step_back
 from spallm_serve.server.errors import ApiError
 
 _Answer = TypeVar("_Answer")
@@ -27,7 +28,7 @@ class Intake:
 
     def __init__(self, at_once: int) -> None:
         self._at_once, self._of_one = at_once, max(1, at_once // 2)
-        self._threads = ThreadPoolExecutor(at_once, "upload")
+        self._threads = ThreadPoolExecutor(at_once, "upload", initializer=step_back)
         self._running: Counter[str] = Counter()
 
     @contextmanager

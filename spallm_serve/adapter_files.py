@@ -6,7 +6,6 @@ import json
 import shutil
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
@@ -18,6 +17,7 @@ from spallm_serve.adapter import (
 )
 from spallm_serve.adapter_structure import check_structure
 from spallm_serve.errors import UserError
+from spallm_serve.precision import all_finite
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
@@ -85,7 +85,7 @@ def read_adapter(directory: Path, base_digest: str | None = None) -> Adapter:
     if not tensors:
         raise UserError(f"{path}: holds no tensor")
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        if tensor.is_floating_point() and not all_finite(tensor):
             raise UserError(f"{path}: {name} holds NaN or Inf")
     adapter = Adapter(config, tensors)
     try:
