@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,7 +37,10 @@ class Upload:
 
 @asynccontextmanager
 async def received(
-    request: Request, folder: Path, settings: ServerSettings
+    request: Request,
+    folder: Path,
+    settings: ServerSettings,
+    run: Callable[[Callable[[], None]], Awaitable[None]],
 ) -> AsyncIterator[Upload]:
     """Take an upload in; nothing of it stays.
 
@@ -45,6 +48,7 @@ async def received(
         request: ``multipart/form-data`` with the files ``config`` and ``tensors``.
         folder: for it, meanwhile.
         settings: has its cap and its deadline.
+        run: does what blocks in a thread.
 
     Raises:
         ApiError: not such a form (400), too large (413) or too slow (408).
@@ -56,7 +60,7 @@ async def received(
     with tempfile.TemporaryDirectory(dir=folder) as own:
         try:
             async with asyncio.timeout(settings.upload_seconds):
-                upload = await _parsed(request, Path(own), limit)
+                upload = await _parsed(request, Path(own), limit, run)
         except TimeoutError as error:
             raise ApiError(
                 408,
@@ -66,7 +70,12 @@ async def received(
         yield upload
 
 
-async def _parsed(request: Request, folder: Path, limit: int) -> Upload:
+async def _parsed(
+    request: Request,
+    folder: Path,
+    limit: int,
+    run: Callable[[Callable[[], None]], Awaitable[None]],
+) -> Upload:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
@@ -81,7 +90,7 @@ async def _parsed(request: Request, folder: Path, limit: int) -> Upload:
                 if size > limit:
                     raise too_large(limit, "the upload")
                 parser.write(chunk)
-                await asyncio.to_thread(form.write)
+                await run(form.write)
             parser.finalize()
         except (FormParserError, ValueError) as error:
             raise _no_form(str(error)) from error

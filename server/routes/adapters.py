@@ -45,7 +45,7 @@ async def put_adapter(request: Request) -> Response:
     here, principal = runtime.current(), _principal(request)
     owner, name = _named(request)
     with here.intake.turn(principal.tenant):
-        async with received(request, here.uploads, here.settings) as upload:
+        async with received(request, here.uploads, here.settings, here.intake.run) as upload:
             put = partial(here.store.put, principal, owner, name, upload.config, upload.tensors)
             found = await asked(put, here.intake.run)
     body = found.model_dump(mode="json") | {"model": found.version.engine_name}
@@ -56,7 +56,7 @@ async def validate_adapter(request: Request) -> Response:
     """Say whether an upload would be taken; nothing of it is kept."""
     here, principal = runtime.current(), _principal(request)
     with here.intake.turn(principal.tenant):
-        async with received(request, here.uploads, here.settings) as upload:
+        async with received(request, here.uploads, here.settings, here.intake.run) as upload:
             check = partial(here.store.validate, principal, upload.config, upload.tensors)
             found = await asked(check, here.intake.run)
     return JSONResponse(found.model_dump(mode="json", exclude={"config"}) | {"valid": True})
