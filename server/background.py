@@ -12,6 +12,7 @@ import torch
 
 # How much less of a processor such a thread has than one that answers: a tenth, where both want it.
 _NICER = 10
+_LEAST = 19
 
 
 def step_back() -> None:
@@ -23,7 +24,12 @@ def step_back() -> None:
     """
     # Once for each thread torch sets what it may take, when it is first asked; then this counts.
     torch.get_num_threads()
-    with contextlib.suppress(AttributeError):  # another runtime, or none that everybody sees
+    # Another system's libraries, another runtime, or none that everybody sees.
+    with contextlib.suppress(AttributeError, OSError, TypeError):
         ctypes.CDLL(None).omp_set_num_threads(1)
-    if sys.platform == "linux":  # elsewhere a thread has no priority of its own
-        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _NICER)
+    if sys.platform != "linux":  # elsewhere a thread has no priority of its own
+        return
+    own = threading.get_native_id()
+    with contextlib.suppress(OSError):  # where this may not be asked for, it is not vital
+        nice = os.getpriority(os.PRIO_PROCESS, own) + _NICER
+        os.setpriority(os.PRIO_PROCESS, own, min(nice, _LEAST))

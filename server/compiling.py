@@ -7,6 +7,7 @@ import hashlib
 import os
 import platform
 import re
+import stat
 import subprocess
 import sysconfig
 import tempfile
@@ -30,25 +31,35 @@ def prepare_compiling(cache: Path) -> Path:
     """A folder for what is compiled, after something was compiled and loaded there.
 
     Args:
-        cache: a user's, in which it is made: only its owner may write what this process will load.
+        cache: a user's, in which it is made: nobody else may write what this process will load.
             Code for one processor may not run on another that shares the folder, so each has its
             own.
 
     Raises:
         CannotCompileError: there is no such folder, or no compiler that works.
     """
-    folder = cache / "spallm_compiled" / _processor()
+    ours = cache / "spallm_compiled"
+    folder = ours / _processor()
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        owner = folder.stat().st_uid
-        if owner != os.getuid():
-            raise CannotCompileError(f"{folder} belongs to user {owner}")
-        folder.chmod(0o700)
+        cache.mkdir(parents=True, exist_ok=True)
+        # Who owns a folder can put another in the place of what is in it.
+        for each in (ours, folder):
+            _make_private(each)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             _try_compiler(Path(scratch))
     except OSError as error:
         raise CannotCompileError(f"{folder} cannot be used: {error}") from error
     return folder
+
+
+def _make_private(folder: Path) -> None:
+    folder.mkdir(mode=0o700, exist_ok=True)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise CannotCompileError(f"{folder} is a link")
+    if found.st_uid != os.getuid():
+        raise CannotCompileError(f"{folder} belongs to user {found.st_uid}")
+    folder.chmod(0o700)
 
 
 def _try_compiler(folder: Path) -> None:

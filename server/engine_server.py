@@ -26,8 +26,9 @@ _BFLOAT16_HINT = (
 )
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.
-_ABOUT_COMPILING = ("--no-enforce-eager", "--compilation-config")
+_ABOUT_COMPILING = ("--no-enforce-eager", "--compilation-config", "--optimization-level")
 _SHORT_ABOUT_COMPILING = ("-O", "-cc")  # with what they say right behind
+_TRIES = "the model may not compile on this machine"
 _UNCOMPILED = "the model runs uncompiled, about a fifth slower"
 _COMPILES = (
     "compiling the model: a minute or more at the first start, less at others; with "
@@ -104,21 +105,22 @@ def _compiling(engine_flags: list[str], console: Console) -> list[str]:
     if found_flag(engine_flags, "--enforce-eager") is not None:
         return []
     short = any(flag.startswith(_SHORT_ABOUT_COMPILING) for flag in engine_flags)
-    told = short or any(found_flag(engine_flags, flag) for flag in _ABOUT_COMPILING)
+    names = [flag.partition(".")[0] for flag in engine_flags]  # --compilation-config.mode=...
+    told = short or any(found_flag(names, flag) for flag in _ABOUT_COMPILING)
+    # What vLLM would keep of a compiled model cannot be read again on a CPU; what torch keeps can.
+    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
+    # Headers that torch compiles it keeps in the folder below, whatever it is told.
+    os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
     try:
         folder = prepare_compiling(Path(envs.VLLM_CACHE_ROOT))
     except CannotCompileError as error:
-        if told:
-            return []
-        console.print(f"{_UNCOMPILED}: {error}", soft_wrap=True, markup=False)
-        return ["--enforce-eager"]
+        says = _TRIES if told else _UNCOMPILED
+        console.print(f"{says}: {error}", soft_wrap=True, markup=False)
+        return [] if told else ["--enforce-eager"]
     # Torch's own folder has a name that anybody on the machine could have taken; importing it has
-    # set the variable. Headers that it compiles are always kept there.
+    # set the variable.
     if os.environ.get(_TORCH_CACHE, default_cache_dir()) == default_cache_dir():
         os.environ[_TORCH_CACHE] = str(folder)
-    os.environ["TORCHINDUCTOR_CPP_CACHE_PRECOMPILE_HEADERS"] = "0"
-    # What vLLM would keep of a compiled model cannot be read again on a CPU; what torch keeps can.
-    os.environ.setdefault("VLLM_USE_AOT_COMPILE", "0")
     if not told:
         console.print(_COMPILES, soft_wrap=True)
     return []

@@ -28,7 +28,8 @@ class Intake:
 
     def __init__(self, at_once: int) -> None:
         self._at_once, self._of_one = at_once, max(1, at_once // 2)
-        self._threads = ThreadPoolExecutor(at_once, "upload", initializer=step_back)
+        # One more for each: what a client that went away has begun runs to its end.
+        self._threads = ThreadPoolExecutor(2 * at_once, "upload", initializer=step_back)
         self._running: Counter[str] = Counter()
 
     @contextmanager

@@ -60,6 +60,21 @@ def test_a_folder_of_somebody_else_is_refused(
         prepare_compiling(tmp_path)
 
 
+@needs_compiler
+def test_a_link_is_not_followed(tmp_path: Path) -> None:
+    folder = prepare_compiling(tmp_path / "cache")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir(mode=0o755)
+    for link in (folder, folder.parent):
+        shutil.rmtree(link)
+        link.symlink_to(elsewhere)
+        with pytest.raises(CannotCompileError, match="is a link"):
+            prepare_compiling(tmp_path / "cache")
+        link.unlink()
+        link.mkdir()
+    assert stat.S_IMODE(elsewhere.stat().st_mode) == 0o755
+
+
 def test_without_a_folder_nothing_is_compiled(tmp_path: Path) -> None:
     (tmp_path / "spallm_compiled").write_text("a file")
     with pytest.raises(CannotCompileError, match="cannot be used"):

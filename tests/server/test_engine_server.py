@@ -62,10 +62,12 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
         (False, [], 1, "runs uncompiled, about a fifth slower: no compiler"),
         (True, ["--enforce-eager"], 1, ""),
         (False, ["--enforce-eager"], 1, ""),
-        (False, ["--no-enforce-eager"], 0, ""),
-        (False, ["-O1"], 0, ""),
-        (False, ["-cc.mode=0"], 0, ""),
-        (False, ["--compilation-config", "{}"], 0, ""),
+        (True, ["-O0"], 0, ""),
+        (True, ["--optimization-level", "0"], 0, ""),
+        (True, ["--compilation-config.mode=0"], 0, ""),
+        (False, ["--no-enforce-eager"], 0, "may not compile on this machine: no compiler"),
+        (False, ["-cc.mode=2"], 0, "may not compile on this machine: no compiler"),
+        (False, ["--compilation-config", "{}"], 0, "may not compile on this machine: no"),
     ],
 )
 def test_a_model_is_compiled_where_that_works_unless_told_otherwise(
