@@ -99,27 +99,16 @@ def test_a_base_answers_as_with_transformers(name: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(("name", "adapts"), [("llama-tied", False), ("gemma3", True)])
 def test_a_compiled_base_answers_as_with_transformers(
-    name: str, adapts: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    name: str, adapts: bool, tmp_path: Path
 ) -> None:
     """As vLLM starts it unless told otherwise, embeddings and head compressed; with no way in for
     adapters, and with one that changes Gemma's normalisations, which are of another class."""
-    from spallm_serve.server import opaque
-
-    used: set[str] = set()
-    layer = opaque._layer
-
-    def noted(name: str) -> Any:
-        used.add(name)
-        return layer(name)
-
-    monkeypatch.setattr(opaque, "_layer", noted)
-    monkeypatch.setenv("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # or it would be noted elsewhere
     base = make_base(name, tmp_path, **VARIANTS[name])
     adapters: dict[str, Path] = {}
-    more: dict[str, Any] = {}
+    more: dict[str, Any] = {"worker_extension_cls": "tests.server.noting_extension.NotingExtension"}
     if adapts:
         adapters["t/norms@1"] = make_adapter(base, "lut-norms", 1, tmp_path / "adapter")
-        more = {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
+        more |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": 8}
     engine = start(base, enforce_eager=False, **more)
     asked = [*adapters, None]
     try:
@@ -128,6 +117,7 @@ def test_a_compiled_base_answers_as_with_transformers(
             [list(prompt) for prompt in PROMPTS for _ in asked],
             [request(adapters, each) for each in asked] * len(PROMPTS),
         )
+        (used,) = engine.collective_rpc("spallm_layers_asked")
     finally:
         stop(engine)
     models = [oracle(base, adapters[each] if each else None) for each in asked]
