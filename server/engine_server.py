@@ -79,9 +79,9 @@ def run(settings: ServerSettings, engine_flags: list[str]) -> None:
 
 
 def _for_this_machine(engine_flags: list[str]) -> list[str]:
-    """On a CPU one process has all cores, and the model is compiled where that can be done.
+    """On a CPU the model is compiled where that can be done, and one process has all cores.
 
-    Unless the environment binds threads to cores, or there are several memory nodes: only vLLM's
+    Not if the environment binds threads to cores, or there are several memory nodes: only vLLM's
     own way of starting workers does that.
     """
     from vllm.platforms import current_platform
