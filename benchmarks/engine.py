@@ -193,7 +193,8 @@ def run_engine(
     engine = LLM(
         model,
         dtype=dtype,
-        # vLLM compiles nothing with LoRAs on a CPU, and is faster when told so.
+        # vLLM compiles nothing with LoRAs on a CPU; told so, it takes its own kernels in place of
+        # what it would have a compiler fuse.
         enforce_eager=bool(adapters) and not compressed,
         max_model_len=_PROMPT_TOKENS + tokens + 1,
         max_num_seqs=count,

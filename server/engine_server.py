@@ -28,7 +28,7 @@ _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.
 _ABOUT_COMPILING = ("--no-enforce-eager", "--compilation-config", "--optimization-level")
 _SHORT_ABOUT_COMPILING = ("-O", "-cc")  # with what they say right behind
-_TRIES = "the model may not compile on this machine"
+_MAY_NOT_COMPILE = "the model may not compile on this machine"
 _UNCOMPILED = "the model runs uncompiled, about a fifth slower"
 _COMPILES = (
     "compiling the model: a minute or more at the first start, less at others; with "
@@ -114,7 +114,7 @@ def _compiling(engine_flags: list[str], console: Console) -> list[str]:
     try:
         folder = prepare_compiling(Path(envs.VLLM_CACHE_ROOT))
     except CannotCompileError as error:
-        says = _TRIES if told else _UNCOMPILED
+        says = _MAY_NOT_COMPILE if told else _UNCOMPILED
         console.print(f"{says}: {error}", soft_wrap=True, markup=False)
         return [] if told else ["--enforce-eager"]
     # Torch's own folder has a name that anybody on the machine could have taken; importing it has

@@ -23,6 +23,8 @@ from spallm_serve.server.settings import ServerSettings
 if TYPE_CHECKING:  # it is not there otherwise
     from python_multipart.multipart import MultipartCallbacks
 
+_Run = Callable[[Callable[[], None]], Awaitable[None]]
+
 CONFIG_PART, TENSOR_PART = "config", "tensors"
 _FORM_OVERHEAD = 16_384
 
@@ -40,7 +42,7 @@ async def received(
     request: Request,
     folder: Path,
     settings: ServerSettings,
-    run: Callable[[Callable[[], None]], Awaitable[None]],
+    run: _Run,
 ) -> AsyncIterator[Upload]:
     """Take an upload in; nothing of it stays.
 
@@ -74,7 +76,7 @@ async def _parsed(
     request: Request,
     folder: Path,
     limit: int,
-    run: Callable[[Callable[[], None]], Awaitable[None]],
+    run: _Run,
 ) -> Upload:
     kind, options = parse_options_header(request.headers.get("content-type"))
     boundary = options.get(b"boundary")
