@@ -65,8 +65,13 @@ class BlobStore:
         except (OSError, ValueError, BaseError) as error:
             raise UnavailableError(f"{location}: cannot hold blobs ({error})") from error
 
-    def put_file(self, path: Path) -> Blob:
+    def put_file(self, path: Path, *, frozen: bool = False) -> Blob:
         """Store a file's bytes; where they are there already, nothing is written.
+
+        Args:
+            path: the file.
+            frozen: whether nobody will change it any more. Then it is linked into a folder of the
+                same file system, and not written a second time.
 
         Raises:
             UnavailableError: it cannot be read or stored.
@@ -76,7 +81,7 @@ class BlobStore:
             found = self.find(digest)
             # A blob of another size was cut by a failing disk; this is the moment to mend it.
             if found is None or found.nbytes != nbytes:
-                self._write(digest, path)
+                self._write(digest, path, frozen)
                 found = Blob(digest, nbytes, 0.0)
         except (OSError, BaseError) as error:
             raise UnavailableError(f"{self.location}: a blob cannot be stored ({error})") from error
@@ -169,15 +174,17 @@ class BlobStore:
                 continue  # its writer has just finished
         return removed
 
-    def _write(self, digest: str, path: Path) -> None:
+    def _write(self, digest: str, path: Path, frozen: bool) -> None:
         if self.folder is None:
             obstore.put(self._store, _key(digest), path)
             return
         partial = self.folder / _PARTIAL / secrets.token_hex(8)
         target = self.folder / _key(digest)
         try:
-            _copy(path, partial)
+            if not (frozen and _link(path, partial)):
+                shutil.copyfile(path, partial)
             partial.chmod(0o444)
+            sync(partial)
             sync_directory_of(target)
             partial.replace(target)
             sync(target.parent)
@@ -187,11 +194,7 @@ class BlobStore:
     def _bring(self, digest: str, target: Path) -> None:
         if self.folder is not None:
             source = self.folder / _key(digest)
-            try:
-                os.link(source, target)
-            except FileNotFoundError:
-                raise
-            except OSError:  # another file system, or one without links
+            if not _link(source, target):
                 shutil.copyfile(source, target)
             return
         with target.open("xb") as file:
@@ -221,11 +224,15 @@ def sync_directory_of(path: Path) -> None:
         sync(path.parent.parent)
 
 
-def _copy(source: Path, target: Path) -> None:
-    with source.open("rb") as reader, target.open("xb") as writer:
-        shutil.copyfileobj(reader, writer, _CHUNK)
-        writer.flush()
-        os.fsync(writer.fileno())
+def _link(source: Path, target: Path) -> bool:
+    """Whether a file is now under another name too: not on another file system, or one without."""
+    try:
+        os.link(source, target)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        return False
+    return True
 
 
 def _key(digest: str) -> str:

@@ -139,6 +139,7 @@ class AdapterStore:
         tensors: Path,
         *,
         release_it: bool = True,
+        frozen: bool = False,
     ) -> PutResult:
         """Store an adapter's version; the same one again changes nothing.
 
@@ -147,6 +148,7 @@ class AdapterStore:
             owner, name: what it will be asked for by.
             config, tensors: the two files; nobody may change them meanwhile.
             release_it: whether the name stands for it from now on, whatever it stood for.
+            frozen: whether nobody will change ``tensors`` any more: then it need not be copied.
 
         Raises:
             RejectedError: it is no adapter of the base.
@@ -169,7 +171,7 @@ class AdapterStore:
                 nbytes = len(put.checked.config.encode()) + tensors.stat().st_size
                 check_room(connection, owner, nbytes, self._default_quota)
         for _ in range(_ATTEMPTS):
-            done = done or self._store_version(put, tensors)
+            done = done or self._store_version(put, tensors, frozen)
             if done is not None:
                 return done
         raise UnavailableError(
@@ -231,12 +233,15 @@ class AdapterStore:
         if most is not None and nbytes > most:
             raise QuotaError(f"{nbytes:,} bytes of tensors; {owner} may store {most:,} in all")
 
-    def _store_version(self, put: Putting, tensors: Path) -> PutResult | None:
+    def _store_version(self, put: Putting, tensors: Path, frozen: bool) -> PutResult | None:
         """Store an upload's blobs, then its row; None where the blobs were removed in between."""
         with tempfile.TemporaryDirectory() as scratch:
             canonical = Path(scratch) / "config"
             canonical.write_text(put.checked.config)
-            blobs = self._blobs.put_file(canonical), self._blobs.put_file(tensors)
+            blobs = (
+                self._blobs.put_file(canonical),
+                self._blobs.put_file(tensors, frozen=frozen),
+            )
         with self._catalog.write() as connection:
             if not pointing_at(connection, self._blobs, [blob.digest for blob in blobs]):
                 return None

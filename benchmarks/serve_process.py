@@ -70,8 +70,9 @@ def server_process(
             stdout=file,
             stderr=file,
             env={**_ENVIRONMENT, **os.environ, **environment},
-            # Ctrl-C is for the benchmark, which then ends its servers.
-            start_new_session=True,
+            # Ctrl-C is for the benchmark, which then ends its servers. Not a session of its own:
+            # Linux gives each an equal share, and a client's lower priority would mean nothing.
+            process_group=0,
         )
     process = psutil.Process(started.pid)
     try:

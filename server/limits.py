@@ -7,7 +7,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from typing import Any
 
 from limits import RateLimitItemPerMinute
@@ -18,6 +18,7 @@ from limits.storage import storage_from_string
 from spallm_serve.adapters_store.records import Quota
 from spallm_serve.errors import UserError
 from spallm_serve.server.errors import ApiError
+from spallm_serve.server.places import shared_places
 
 _ASYNC = "async+"
 # A storage that takes longer is one that does not answer.
@@ -28,7 +29,8 @@ class TenantLimiter:
     """Lets requests in while their tenant is within its quota.
 
     Tokens are known when an answer is complete: a tenant that has taken more than its quota waits
-    for the next minute. Requests at a time are counted in this process, whatever the storage.
+    for the next minute. Requests at a time are counted in this process, and where the storage is a
+    redis also there (:class:`~spallm_serve.server.places.SharedPlaces`).
 
     Args:
         storage: of the counts, as the package limits writes it: ``memory://`` for one process,
@@ -40,6 +42,7 @@ class TenantLimiter:
 
     def __init__(self, storage: str = "memory://") -> None:
         self._windows = FixedWindowRateLimiter(_opened(storage))
+        self._places = shared_places(storage.removeprefix(_ASYNC), _STORAGE_SECONDS)
         self._running: Counter[str] = Counter()
 
     @asynccontextmanager
@@ -58,11 +61,12 @@ class TenantLimiter:
         """
         limit = quota.concurrent_requests
         if limit is not None and self._running[tenant] >= limit:
-            raise _over(f"{limit} requests of yours are running, no more are allowed", 1, {})
+            raise _all_running(limit)
         # Before anything is waited for, or others would see the same place free.
         self._running[tenant] += 1
         try:
-            yield await self._begin(tenant, quota)
+            async with AsyncExitStack() as shared:
+                yield await self._begin(tenant, quota, shared)
         finally:
             self._running[tenant] -= 1
             if not self._running[tenant]:
@@ -79,9 +83,14 @@ class TenantLimiter:
         except (StorageError, TimeoutError):
             return
 
-    async def _begin(self, tenant: str, quota: Quota) -> dict[str, str]:
+    async def _begin(self, tenant: str, quota: Quota, shared: AsyncExitStack) -> dict[str, str]:
+        limit = quota.concurrent_requests
         try:
             async with asyncio.timeout(_STORAGE_SECONDS):
+                if self._places is not None and limit is not None:
+                    place = self._places.taken(tenant, limit)
+                    if not await shared.enter_async_context(place):
+                        raise _all_running(limit)
                 return await self._counted(tenant, quota)
         except (StorageError, TimeoutError) as error:
             raise ApiError(
@@ -126,6 +135,10 @@ def _opened(storage: str) -> Any:
             f"rate_storage: cannot be used ({error}); expected memory://, or redis://HOST:PORT "
             "with pip install 'spallm-serve[redis]'"
         ) from error
+
+
+def _all_running(limit: int) -> ApiError:
+    return _over(f"{limit} requests of yours are running, no more are allowed", 1, {})
 
 
 def _over(message: str, seconds: int, headers: dict[str, str]) -> ApiError:

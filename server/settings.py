@@ -58,7 +58,9 @@ class ServerSettings(BaseSettings):
         "by default, to be the same for all replicas",
     )
     rate_storage: str = Field(
-        default="memory://", description="counts of requests and tokens; redis://... for replicas"
+        default="memory://",
+        description="counts of requests and tokens; redis://... for replicas, which also share "
+        "the requests at a time",
     )
     body_bytes: int = Field(
         default=4 * 2**20, ge=1024, description="of a request to a model, at most"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import tempfile
+from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import ExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -27,6 +28,9 @@ _Run = Callable[[Callable[[], None]], Awaitable[None]]
 
 CONFIG_PART, TENSOR_PART = "config", "tensors"
 _FORM_OVERHEAD = 16_384
+# Bytes that are gathered before a thread writes them: each turn of a thread that has stepped back
+# may let the event loop, and with it everybody's tokens, wait.
+_WRITTEN_AT_ONCE = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -92,8 +96,10 @@ async def _parsed(
                 if size > limit:
                     raise too_large(limit, "the upload")
                 parser.write(chunk)
-                await run(form.write)
+                if form.waiting_bytes >= _WRITTEN_AT_ONCE:
+                    await run(form.write)
             parser.finalize()
+            await run(form.write)
         except (FormParserError, ValueError) as error:
             raise _no_form(str(error)) from error
         except ClientDisconnect as error:
@@ -112,6 +118,10 @@ class _Form:
     Args:
         folder: where to.
         opened: closes the files.
+
+    Attributes:
+        complete: the parts that have come.
+        waiting_bytes: that have come and are not on the disk.
     """
 
     def __init__(self, folder: Path, opened: ExitStack) -> None:
@@ -119,8 +129,9 @@ class _Form:
         self._field, self._value, self._disposition = b"", b"", b""
         self._file: BinaryIO
         self._name = ""
-        self._waiting: list[tuple[BinaryIO, bytes]] = []
+        self._waiting: defaultdict[BinaryIO, bytearray] = defaultdict(bytearray)
         self.complete: set[str] = set()
+        self.waiting_bytes = 0
 
     def callbacks(self) -> MultipartCallbacks:
         """For the parser; they only remember, since they are called in the server's event loop."""
@@ -136,9 +147,10 @@ class _Form:
 
     def write(self) -> None:
         """Bring what has come to the disk; blocks."""
-        waiting, self._waiting = self._waiting, []
-        for file, data in waiting:
+        for file, data in self._waiting.items():
             file.write(data)
+        self._waiting.clear()
+        self.waiting_bytes = 0
 
     def _begin(self) -> None:
         self._field, self._value, self._disposition = b"", b"", b""
@@ -165,7 +177,8 @@ class _Form:
         self._file = self._opened.enter_context(path.open("xb"))
 
     def _data(self, data: bytes, start: int, end: int) -> None:
-        self._waiting.append((self._file, data[start:end]))
+        self._waiting[self._file] += data[start:end]
+        self.waiting_bytes += end - start
 
     def _end(self) -> None:
         self.complete.add(self._name)

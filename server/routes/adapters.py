@@ -46,7 +46,8 @@ async def put_adapter(request: Request) -> Response:
     owner, name = _named(request)
     with here.intake.turn(principal.tenant):
         async with received(request, here.uploads, here.settings, here.intake.run) as upload:
-            put = partial(here.store.put, principal, owner, name, upload.config, upload.tensors)
+            of_whom = principal, owner, name
+            put = partial(here.store.put, *of_whom, upload.config, upload.tensors, frozen=True)
             found = await asked(put, here.intake.run)
     body = found.model_dump(mode="json") | {"model": found.version.engine_name}
     return JSONResponse(body, 201 if found.created else 200)

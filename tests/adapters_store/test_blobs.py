@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 from collections.abc import Iterator
@@ -74,6 +75,31 @@ def test_what_is_put_is_found_and_fetched(size: int, blobs: BlobStore, tmp_path:
     blobs.delete([])
     assert blobs.find(digest) is None and list(blobs.blobs()) == []
     assert (tmp_path / "fetched").read_bytes() == content
+
+
+def test_what_is_frozen_is_linked_and_all_else_copied(tmp_path: Path) -> None:
+    blobs = BlobStore(str(tmp_path / "blobs"))
+    for frozen in (False, True):
+        path = written(tmp_path / f"file-{frozen}", f"content {frozen}".encode())
+        digest = blobs.put_file(path, frozen=frozen).digest
+        stored = tmp_path / "blobs" / digest[:2] / digest
+        assert stored.samefile(path) == frozen
+        assert stored.stat().st_mode & 0o777 == 0o444
+        path.unlink()
+        assert stored.read_bytes() == f"content {frozen}".encode()
+
+
+def test_what_is_frozen_is_copied_where_it_cannot_be_linked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EXDEV, "another file system")
+
+    monkeypatch.setattr(os, "link", refuse)
+    blobs = BlobStore(str(tmp_path / "blobs"))
+    blob = blobs.put_file(written(tmp_path / "file", b"content"), frozen=True)
+    blobs.fetch(blob.digest, tmp_path / "fetched")
+    assert (tmp_path / "fetched").read_bytes() == b"content"
 
 
 def test_what_is_not_there(blobs: BlobStore, tmp_path: Path) -> None:

@@ -302,21 +302,23 @@ def test_what_is_new_is_not_collected(store: AdapterStore, tmp_path: Path) -> No
         store.collect(acme)
 
 
+@pytest.mark.parametrize("frozen", [False, True])
 def test_an_upload_whose_blobs_are_collected_meanwhile(
-    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    store: AdapterStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, frozen: bool
 ) -> None:
     acme = tenant(store, "acme")
     put_file, calls = store._blobs.put_file, []
 
-    def put_and_lose(path: Path) -> object:
-        found = put_file(path)
+    def put_and_lose(path: Path, *, frozen: bool = False) -> object:
+        found = put_file(path, frozen=frozen)
         calls.append(found)
         if len(calls) == 2:  # both are there, the row is not
             assert store.collect(ADMIN, grace=0).blobs == 2
         return found
 
     monkeypatch.setattr(store._blobs, "put_file", put_and_lose)
-    digest = put(store, acme, "support", lut(), tmp_path)
+    files = lut().write(tmp_path / "upload")
+    digest = store.put(acme, "acme", "support", *files, frozen=frozen).version.digest
     assert len(calls) == 4
     assert adapter_digest(read_adapter(store.local_folder(digest))) == digest
 

@@ -12,11 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from limits.errors import StorageError
 
 from spallm_serve.adapters_store.records import Quota
 from spallm_serve.errors import UserError
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.limits import TenantLimiter
+from spallm_serve.server.places import SharedPlaces, shared_places
 
 
 @dataclass
@@ -86,7 +88,8 @@ def test_counts_in_memory_are_each_processs_own() -> None:
 def test_a_redis_that_hangs_holds_up_only_who_needs_it(redis: Redis) -> None:
     async def run() -> None:
         limiter = TenantLimiter(redis.url)
-        limited, free = Quota(requests_per_minute=9), Quota()
+        limited = Quota(requests_per_minute=9, concurrent_requests=9)
+        free = Quota()
         assert await ask(limiter, limited) == 200
         redis.process.send_signal(signal.SIGSTOP)
         waits = asyncio.create_task(ask(limiter, limited))
@@ -130,6 +133,106 @@ def test_requests_at_a_time_that_come_together() -> None:
         return sorted(await asyncio.gather(*(one() for _ in range(5))))
 
     assert asyncio.run(run()) == [200, 200, 429, 429, 429]
+
+
+AT_A_TIME = Quota(concurrent_requests=2)
+
+
+def test_requests_at_a_time_of_all_processes_count_together(redis: Redis) -> None:
+    async def run() -> None:
+        one, two = TenantLimiter(redis.url), TenantLimiter(redis.url)
+        async with one.admitted("acme", AT_A_TIME), two.admitted("acme", AT_A_TIME):
+            assert [await ask(one, AT_A_TIME), await ask(two, AT_A_TIME)] == [429, 429]
+            async with two.admitted("zoo", AT_A_TIME):  # another's places are its own
+                pass
+        assert [await ask(one, AT_A_TIME), await ask(two, AT_A_TIME)] == [200, 200]
+
+    asyncio.run(run())
+
+
+def test_those_that_come_together_at_several_processes(redis: Redis) -> None:
+    async def run() -> list[int]:
+        limiters = [TenantLimiter(redis.url) for _ in range(4)]
+
+        async def one(limiter: TenantLimiter) -> int:
+            try:
+                async with limiter.admitted("acme", AT_A_TIME):
+                    await asyncio.sleep(0.3)
+            except ApiError as error:
+                return error.status
+            return 200
+
+        return sorted(await asyncio.gather(*(one(limiter) for limiter in limiters * 2)))
+
+    assert asyncio.run(run()) == [200] * 2 + [429] * 6
+
+
+def test_a_request_that_its_own_minute_refuses_keeps_no_place(redis: Redis) -> None:
+    async def run() -> list[int]:
+        limiter = TenantLimiter(redis.url)
+        none_left = Quota(concurrent_requests=1, requests_per_minute=0)
+        first = [await ask(limiter, none_left) for _ in range(3)]
+        return [*first, await ask(limiter, Quota(concurrent_requests=1))]
+
+    assert asyncio.run(run()) == [429, 429, 429, 200]
+
+
+def test_a_place_lasts_as_long_as_its_request_and_not_longer_than_its_server(redis: Redis) -> None:
+    async def run() -> None:
+        lease = 0.4
+        one, two = (_places(redis, lease) for _ in range(2))
+        async with one.taken("acme", 1) as mine:
+            assert mine
+            for _ in range(6):  # it is prolonged
+                await asyncio.sleep(lease / 2)
+                async with two.taken("acme", 1) as theirs:
+                    assert not theirs
+            killed = one._renewing
+            assert killed is not None
+            killed.cancel()
+            await asyncio.sleep(1.2 * lease)
+            async with two.taken("acme", 1) as theirs:
+                assert theirs
+        # What is over by then, and was another's place, is not given back in its stead.
+        async with two.taken("acme", 1) as theirs, one.taken("acme", 1) as mine:
+            assert (theirs, mine) == (True, False)
+
+    asyncio.run(run())
+
+
+def test_what_a_redis_that_hung_was_asked_for_is_free_after_a_lease(redis: Redis) -> None:
+    async def run() -> None:
+        places = _places(redis, lease=1.0, timeout=0.3)
+        async with places.taken("acme", 1):
+            redis.process.send_signal(signal.SIGSTOP)
+        for _ in range(3):
+            with pytest.raises(StorageError):
+                async with places.taken("acme", 1):
+                    pass
+        redis.process.send_signal(signal.SIGCONT)
+        await asyncio.sleep(1.2)
+        async with places.taken("acme", 1) as taken:
+            assert taken
+
+    asyncio.run(run())
+
+
+def _places(redis: Redis, lease: float, timeout: float = 2.0) -> SharedPlaces:
+    return SharedPlaces(redis.url.replace("redis+unix", "unix"), timeout, lease)
+
+
+@pytest.mark.parametrize(
+    ("storage", "shared"),
+    [
+        ("redis://127.0.0.1:1", True),
+        ("rediss://127.0.0.1:1/3", True),
+        ("redis+unix:///there", True),
+        ("redis+sentinel://127.0.0.1:1", False),
+        ("memory://", False),
+    ],
+)
+def test_which_storages_have_places(storage: str, shared: bool) -> None:
+    assert (shared_places(storage, 2.0) is not None) == shared
 
 
 @pytest.mark.parametrize("storage", ["nowhere://", "redis", "", "redis://host:port"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import sys
 import threading
 import time
@@ -207,6 +208,21 @@ def test_a_server_that_does_not_start_shows_its_last_words(tmp_path: Path) -> No
         server_process(command, tmp_path / "log", "/health", {}),
     ):
         pass
+
+
+def test_a_server_and_its_clients_share_the_processors_by_their_priorities(tmp_path: Path) -> None:
+    """Linux gives each session an equal share: a client's lower priority would mean nothing."""
+    program = (
+        "import http.server, os, sys;"
+        "open(sys.argv[1], 'w').write(f'{os.getsid(0)} {os.getpgid(0)}');"
+        "http.server.HTTPServer(('127.0.0.1', int(sys.argv[-1])),"
+        " http.server.SimpleHTTPRequestHandler).serve_forever()"
+    )
+    command = [sys.executable, "-c", program, str(tmp_path / "told")]
+    with server_process(command, tmp_path / "log", "/", {}) as started:
+        session, group = (int(word) for word in (tmp_path / "told").read_text().split())
+        assert session == os.getsid(0)
+        assert group == started.process.pid  # Ctrl-C is not for it
 
 
 def test_versions_differ_in_their_last_values_only() -> None:
