@@ -181,7 +181,9 @@ class BlobStore:
         partial = self.folder / _PARTIAL / secrets.token_hex(8)
         target = self.folder / _key(digest)
         try:
-            if not (frozen and _link(path, partial)):
+            if frozen and _link(path, partial):
+                os.utime(partial)  # its age counts from now
+            else:
                 shutil.copyfile(path, partial)
             partial.chmod(0o444)
             sync(partial)

@@ -18,6 +18,7 @@ from spallm_serve.adapter import Adapter, LoraConfig, LutConfig
 from spallm_serve.adapter_files import write_adapter
 from spallm_serve.benchmarks.model import has_tokenizer
 from spallm_serve.benchmarks.records import Record
+from spallm_serve.errors import UserError
 from spallm_serve.identity import base_identity
 from spallm_serve.layers import SketchedLinear, is_linear, weight_shape
 from spallm_serve.models import load_model
@@ -196,7 +197,7 @@ def run_engine(
         # vLLM compiles nothing with LoRAs on a CPU; told so, it takes its own kernels in place of
         # what it would have a compiler fuse.
         enforce_eager=bool(adapters) and not compressed,
-        max_model_len=_PROMPT_TOKENS + tokens + 1,
+        max_model_len=_PROMPT_TOKENS + tokens + 2,
         max_num_seqs=count,
         skip_tokenizer_init=not has_tokenizer(Path(model)),
         enable_prefix_caching=False,
@@ -215,8 +216,11 @@ def run_engine(
             taken = _decode_seconds(engine, mixture, tokens)
             if number:  # the first loads and warms up
                 seconds[name].append(taken)
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    if min(medians.values()) <= 0:
+        raise UserError(f"{tokens} tokens are too few to be timed beside their prompt")
     found: dict[str, Any] = {
-        name: round(count * tokens / statistics.median(times), 1) for name, times in seconds.items()
+        name: round(count * tokens / median, 1) for name, median in medians.items()
     }
     if compressed:
         (swap,) = engine.collective_rpc("spallm_time_swap", args=(adapters[0], rounds))
@@ -226,6 +230,11 @@ def run_engine(
 
 
 def _decode_seconds(engine: Any, mixture: list[Any], tokens: int) -> float:
+    """So many more tokens for each request take, beyond the prompt and a first one."""
+    return _seconds(engine, mixture, 1 + tokens) - _seconds(engine, mixture, 1)
+
+
+def _seconds(engine: Any, mixture: list[Any], tokens: int) -> float:
     from vllm import SamplingParams
 
     sampling = SamplingParams(temperature=0, max_tokens=tokens, ignore_eos=True, detokenize=False)

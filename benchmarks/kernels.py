@@ -23,6 +23,8 @@ from spallm_serve.benchmarks.timing import (
     interleaved_on_gpu,
 )
 from spallm_serve.kernels import explain, lut_linear, prepare_codes
+from spallm_serve.kernels.choice import backend_of, holds_integers
+from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.kernels.packing import SUPPORTED_BITS, pack_codes
 
 SHAPES = {
@@ -41,7 +43,8 @@ _SECONDS = 0.5
 
 @dataclass(frozen=True)
 class _Layer:
-    """One shape's weights, ours at some bits and the peer's."""
+    """One shape's weights, ours at some bits and the peer's; tables as they are, and as a server
+    holds them."""
 
     model: str
     rows: int
@@ -49,6 +52,7 @@ class _Layer:
     bits: int
     codes: list[Tensor]
     tables: Tensor
+    held: HeldTables
     dense: list[Tensor]
 
     @property
@@ -76,6 +80,7 @@ class _Layer:
             "rows": self.rows,
             "columns": self.columns,
             "bits": self.bits,
+            **({} if self.held.scales is None else {"tables": "integers"}),
             **more,
         }
 
@@ -96,7 +101,8 @@ def kernel_records(
     """
     console = Console(stderr=True)
     on = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-    console.print(f"lut_linear runs on {explain(device)}, {on}")
+    form = "tables as integers" if holds_integers(device, dtype) else "tables as they are"
+    console.print(f"lut_linear runs on {explain(device)}, {on}, {form}")
     bandwidth = copy_bandwidth(seconds, device)
     yield Record(
         bench="kernels", case={}, metric="copy_bytes_per_s", ours=bandwidth, better="higher"
@@ -184,6 +190,9 @@ def _timed(
 def _ours(layer: _Layer, x: Tensor, tenants: int) -> Callable[[], object]:
     codes = cycle(layer.codes)
     slots = (torch.arange(x.shape[0], device=x.device) % tenants).int() if tenants > 1 else None
+    if layer.held.scales is not None:
+        backend = backend_of(layer.codes[0])
+        return lambda: layer.held.linear(x, next(codes), backend, slots, 0)
     return lambda: lut_linear(x, next(codes), layer.tables, slots)
 
 
@@ -216,7 +225,7 @@ def _linear_with_loras(layer: _Layer, x: Tensor) -> Callable[[], object]:
 def _bytes_needed(layer: _Layer, tokens: int, tenants: int) -> int:
     """Codes, the tables of the tenants present, activations in and out: each once."""
     codes = layer.rows * layer.columns * layer.bits // 8
-    tables = tenants * layer.tables[0].nbytes
+    tables = tenants * layer.held.slot_bytes
     return codes + tables + layer.dtype.itemsize * tokens * (layer.rows + layer.columns)
 
 
@@ -231,7 +240,8 @@ def _layer(model: str, rows: int, columns: int, bits: int, dense: list[Tensor]) 
     packed = prepare_codes(pack_codes(codes, bits), columns, 1, dense[0].dtype)
     tables = torch.randn(max(TENANTS), rows, 1, 1 << bits, device=device).half()
     pool = [packed.clone() for _ in range(max(len(dense), _POOL_BYTES // 4 // packed.nbytes))]
-    return _Layer(model, rows, columns, bits, pool, tables, dense)
+    held = HeldTables.of(tables[0], 1, dense[0].dtype).alike(tables)
+    return _Layer(model, rows, columns, bits, pool, tables, held, dense)
 
 
 def _record(

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from spallm_serve.kernels.backend import Backend, Request
 from spallm_serve.kernels.cpu.backend import CpuBackend
+from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, integers_are_wanted
 from spallm_serve.kernels.cpu.library import LEVELS
 from spallm_serve.kernels.gpu.backend import TritonBackend
 from spallm_serve.kernels.packing import check_planes
@@ -103,6 +104,25 @@ def rounds_tables(device: str, dtype: torch.dtype) -> bool:
     """
     request = Request(device, dtype, bits=4, rows=4096, columns=4096, groups=1)
     return _choose(request)[0].rounds_tables(dtype)
+
+
+def holds_integers(device: str, dtype: torch.dtype) -> bool:
+    """Whether a server holds tables as integers.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: of the activations.
+
+    Raises:
+        ValueError: it is asked for, and this processor or the chosen backend has no way to.
+    """
+    if device != "cpu" or not integers_are_wanted():
+        return False
+    request = Request(device, dtype, bits=4, rows=4096, columns=4096, groups=1)
+    backend = _choose(request)[0]
+    if not isinstance(backend, CpuBackend):
+        raise ValueError(f"{INTEGERS_VARIABLE}=1: {backend.name} has no integers; unset it")
+    return True
 
 
 def backend_of(codes: Tensor) -> Backend:

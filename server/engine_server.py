@@ -11,6 +11,12 @@ from rich.console import Console
 from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from vllm import envs
 
+from spallm_serve.errors import UserError
+from spallm_serve.kernels.cpu.integers import (
+    INTEGERS_VARIABLE,
+    integers_are_wanted,
+    why_no_integers,
+)
 from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError, prepare_compiling
@@ -23,6 +29,10 @@ _BINDING = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 _BFLOAT16_HINT = (
     "this processor has no bfloat16 instructions: -- --dtype float32 is faster, and takes twice "
     "the memory for cached tokens and for weights that are not compressed"
+)
+_INTEGERS_HINT = (
+    f"{INTEGERS_VARIABLE}=1 lets compressed layers multiply 16-bit integers here, which is faster "
+    "and rounds less than bfloat16 does"
 )
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.
@@ -95,8 +105,15 @@ def _for_this_machine(engine_flags: list[str]) -> list[str]:
     if not any(name in os.environ for name in _BINDING) and _memory_nodes() < 2:
         os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     console = Console(stderr=True, highlight=False)
-    if found_flag(engine_flags, "--dtype") is None and not bfloat16_is_native(torch.device("cpu")):
+    native = bfloat16_is_native(torch.device("cpu"))
+    if found_flag(engine_flags, "--dtype") is None and not native:
         console.print(_BFLOAT16_HINT, soft_wrap=True)
+    try:
+        wanted = integers_are_wanted()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+    if not wanted and not native and why_no_integers() is None:
+        console.print(_INTEGERS_HINT, soft_wrap=True)
     return _compiling(engine_flags, console)
 
 

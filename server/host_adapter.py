@@ -22,6 +22,7 @@ from spallm_serve.adapter import (
 from spallm_serve.adapter_files import read_adapter
 from spallm_serve.checkpoint import TABLES, WEIGHT
 from spallm_serve.errors import UserError
+from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.server.additions import Addition, BlockAddition, LoraAddition
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import SlottedLinear
@@ -72,12 +73,13 @@ class HostAdapter:
     """What goes into a slot.
 
     Attributes:
-        tables, additions: by layer, and in it by the number of the linear.
+        tables, additions: by layer, and in it by the number of the linear; tables in the form that
+            the layer holds them in.
         norms: weights in the dtype of the activations, by name.
-        nbytes: of all tensors.
+        nbytes: what it takes.
     """
 
-    tables: Mapping[str, Mapping[int, Tensor]]
+    tables: Mapping[str, Mapping[int, HeldTables]]
     additions: Mapping[str, Mapping[int, Addition]]
     norms: Mapping[str, Tensor]
     nbytes: int
@@ -102,7 +104,7 @@ def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> 
         UserError: damaged, of another base, or of other shapes than the base's.
     """
     adapter = read_adapter(Path(folder), served.base_digest)
-    tables: dict[str, dict[int, Tensor]] = {}
+    tables: dict[str, dict[int, HeldTables]] = {}
     additions: dict[str, dict[int, Addition]] = {}
     for name, values in _tables(adapter, served):
         place = served.places[name]
@@ -110,10 +112,14 @@ def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> 
     for name, addition in _additions(adapter, served, dtype):
         place = served.places[name]
         additions.setdefault(place.layer, {})[place.number] = addition
-    return HostAdapter(tables, additions, dict(_norms(adapter, served, dtype)), adapter.nbytes)
+    norms = dict(_norms(adapter, served, dtype))
+    # Rows that the adapter does not change, and scales of integers, are in no file.
+    held = sum(each.nbytes for of_layer in tables.values() for each in of_layer.values())
+    held += sum(norm.nbytes for norm in norms.values())
+    return HostAdapter(tables, additions, norms, max(held, adapter.nbytes))
 
 
-def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, Tensor]]:
+def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, HeldTables]]:
     if not isinstance(adapter.config, LutConfig):
         return
     for name, tensor in adapter.tensors.items():
@@ -122,16 +128,16 @@ def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, Tenso
         module = name.removesuffix(TABLES)
         place, base = _place(module, served), _base_tables(module, served)
         rows = adapter.tensors.get(module + ROWS)
-        entries = base.shape[-1]
+        entries = base.entries.shape[-1]
         if tensor.shape[-1] != entries:
             raise UserError(f"{name}: {tensor.shape[-1]} entries, the base's have {entries}")
         if rows is None:
             _expect(name, tensor.shape[0], place.all_rows, "rows")
-            own = place.shard.tables(tensor).contiguous()
+            own = base.alike(place.shard.tables(tensor).contiguous())
         else:
             own = _with_rows(name, tensor, rows, place, base)
-        _expect(name, list(own.shape), list(base.shape), "shape")
-        yield module, own.to(base.dtype)
+        _expect(name, list(own.entries.shape), list(base.entries.shape), "shape")
+        yield module, own
 
 
 def _norms(
@@ -149,7 +155,9 @@ def _norms(
         yield module, tensor.to(dtype)
 
 
-def _with_rows(name: str, tensor: Tensor, rows: Tensor, place: Place, base: Tensor) -> Tensor:
+def _with_rows(
+    name: str, tensor: Tensor, rows: Tensor, place: Place, base: HeldTables
+) -> HeldTables:
     """The base's tables with those of some rows replaced; rows of other workers are left out."""
     if int(rows[-1]) >= place.all_rows:  # they ascend
         raise UserError(f"{name}: row {int(rows[-1])}, the base has {place.all_rows}")
@@ -158,8 +166,9 @@ def _with_rows(name: str, tensor: Tensor, rows: Tensor, place: Place, base: Tens
     columns = Shard(0, len(tensor), place.shard.column, place.shard.columns,
                     place.shard.all_columns)  # fmt: skip
     values = columns.tables(tensor)[here]
-    _expect(name, list(values.shape[1:]), list(base.shape[1:]), "shape of a row")
-    return base.index_copy(0, (rows[here] - first).long().to(base.device), values.to(base))
+    entries = base.entries
+    _expect(name, list(values.shape[1:]), list(entries.shape[1:]), "shape of a row")
+    return base.replaced((rows[here] - first).long().to(entries.device), base.alike(values))
 
 
 def _additions(
@@ -193,7 +202,7 @@ def _place(name: str, served: ServedLayers) -> Place:
     return served.places[name]
 
 
-def _base_tables(name: str, served: ServedLayers) -> Tensor:
+def _base_tables(name: str, served: ServedLayers) -> HeldTables:
     place = served.places[name]
     layer = served.layers[place.layer]
     return layer.base_tables(layer.parts[place.number])

@@ -18,7 +18,7 @@ from limits.storage import storage_from_string
 from spallm_serve.adapters_store.records import Quota
 from spallm_serve.errors import UserError
 from spallm_serve.server.errors import ApiError
-from spallm_serve.server.places import shared_places
+from spallm_serve.server.places import SharedPlaces, connections
 
 _ASYNC = "async+"
 # A storage that takes longer is one that does not answer.
@@ -41,8 +41,8 @@ class TenantLimiter:
     """
 
     def __init__(self, storage: str = "memory://") -> None:
-        self._windows = FixedWindowRateLimiter(_opened(storage))
-        self._places = shared_places(storage.removeprefix(_ASYNC), _STORAGE_SECONDS)
+        windows, self._places = _opened(storage.removeprefix(_ASYNC))
+        self._windows = FixedWindowRateLimiter(windows)
         self._running: Counter[str] = Counter()
 
     @asynccontextmanager
@@ -123,14 +123,19 @@ class TenantLimiter:
         return headers
 
 
-def _opened(storage: str) -> Any:
-    """Its asynchronous form: requests of all tenants wait in the loop that asks it."""
+def _opened(storage: str) -> tuple[Any, SharedPlaces | None]:
+    """Its asynchronous form, as requests of all tenants wait in the loop that asks it; and places
+    in it, if it is a redis."""
     options: dict[str, Any] = {"wrap_exceptions": True}
-    if storage.startswith(("redis", "async+redis")):
+    if storage.startswith("redis"):
         options["implementation"] = "redispy"
     try:
-        return storage_from_string(_ASYNC + storage.removeprefix(_ASYNC), **options)
-    except (ConfigurationError, ValueError) as error:
+        pool = connections(storage, _STORAGE_SECONDS)
+        if pool is not None:
+            options["connection_pool"] = pool
+        windows = storage_from_string(_ASYNC + storage, **options)
+        return windows, None if pool is None else SharedPlaces(pool)
+    except (ConfigurationError, ImportError, ValueError) as error:
         raise UserError(
             f"rate_storage: cannot be used ({error}); expected memory://, or redis://HOST:PORT "
             "with pip install 'spallm-serve[redis]'"

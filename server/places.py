@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from limits.errors import StorageError
 
 if TYPE_CHECKING:  # it is not there without the extra
-    from redis.asyncio import Redis
+    from redis.asyncio import BlockingConnectionPool, Redis
 
 # Places of a server that was killed are free after this long, and so are those that a redis which
 # hung had been asked for.
@@ -31,11 +31,13 @@ redis.call('ZADD', KEYS[1], now + ARGV[3], ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[3])
 return 1
 """
-# One that has been given up meanwhile does not come back.
+# Also where a redis that was started anew has forgotten it.
 _RENEW = f"""{_NOW}
-redis.call('ZADD', KEYS[1], 'XX', now + ARGV[2], ARGV[1])
+redis.call('ZADD', KEYS[1], now + ARGV[2], ARGV[1])
 redis.call('PEXPIRE', KEYS[1], ARGV[2])
 """
+# More questions wait for each other; the pool that has no such bound refuses them.
+_CONNECTIONS = 50
 
 
 class SharedPlaces:
@@ -45,22 +47,15 @@ class SharedPlaces:
     server prolongs them while the request runs, so that none is lost for good with a server.
 
     Args:
-        url: of the redis.
+        pool: of connections to the redis (:func:`connections`).
         seconds: that a lease lasts.
-        timeout: seconds after which the redis is taken not to answer.
-
-    Raises:
-        ValueError: no URL of a redis.
-        ImportError: the package redis is not installed.
     """
 
-    def __init__(self, url: str, timeout: float, seconds: float = LEASE_SECONDS) -> None:
-        from redis import RedisError  # the extra spallm-serve[redis]
+    def __init__(self, pool: BlockingConnectionPool, seconds: float = LEASE_SECONDS) -> None:
+        from redis import RedisError
         from redis.asyncio import Redis
 
-        self._redis: Redis = Redis.from_url(
-            url, socket_timeout=timeout, socket_connect_timeout=timeout
-        )
+        self._redis: Redis = Redis(connection_pool=pool)
         self._take, self._renew = (
             self._redis.register_script(script) for script in (_TAKE, _RENEW)
         )
@@ -70,6 +65,7 @@ class SharedPlaces:
         # The tenants of the places of this server.
         self._taken: dict[str, str] = {}
         self._renewing: asyncio.Task[None] | None = None
+        self._going_back: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
     async def taken(self, tenant: str, limit: int) -> AsyncIterator[bool]:
@@ -85,24 +81,35 @@ class SharedPlaces:
         Raises:
             StorageError: the redis cannot be asked.
         """
-        place, refused = secrets.token_hex(8), False
+        place = secrets.token_hex(8)
         try:
-            refused = not await self._asked_for(place, tenant, limit)
-            if not refused:
-                self._taken[place] = tenant
-                if self._renewing is None or self._renewing.done():
-                    self._renewing = asyncio.create_task(self._renew_all())
-            yield not refused
+            is_taken = await self._asked_for(place, tenant, limit)
+        except BaseException:  # it may be taken all the same
+            self._give_back_soon(place, tenant)
+            raise
+        if not is_taken:
+            yield False
+            return
+        self._taken[place] = tenant
+        if self._renewing is None or self._renewing.done():
+            self._renewing = asyncio.create_task(self._renew_all())
+        try:
+            yield True
         finally:
-            if not refused:  # or it is not known, where nobody waited for the answer
-                self._taken.pop(place, None)
-                await asyncio.shield(self._give_back(place, tenant))
+            del self._taken[place]
+            await asyncio.shield(self._give_back_soon(place, tenant))
 
     async def _asked_for(self, place: str, tenant: str, limit: int) -> bool:
         try:
             return bool(await self._take([_KEY + tenant], [place, limit, self._lease]))
         except self._failures as error:
             raise StorageError(error) from error
+
+    def _give_back_soon(self, place: str, tenant: str) -> asyncio.Task[None]:
+        task = asyncio.create_task(self._give_back(place, tenant))
+        self._going_back.add(task)
+        task.add_done_callback(self._going_back.discard)
+        return task
 
     async def _give_back(self, place: str, tenant: str) -> None:
         with contextlib.suppress(*self._failures):  # the lease ends by itself
@@ -115,11 +122,33 @@ class SharedPlaces:
             with contextlib.suppress(*self._failures):  # next time, then
                 for place, tenant in list(self._taken.items()):
                     await self._renew([_KEY + tenant], [place, self._lease])
+                    if place not in self._taken:  # given back while it was prolonged
+                        await self._give_back(place, tenant)
 
 
-def shared_places(storage: str, timeout: float) -> SharedPlaces | None:
-    """Those of a storage as the package limits writes it; None for one that is no single redis."""
+def connections(storage: str, timeout: float) -> BlockingConnectionPool | None:
+    """To the redis of a storage as the package limits writes it.
+
+    Args:
+        storage: its URL.
+        timeout: seconds after which the redis is taken not to answer.
+
+    Returns:
+        None for a storage that is no single redis.
+
+    Raises:
+        ValueError: no URL of a redis.
+        ImportError: the package redis is not installed.
+    """
     for scheme, url in _SCHEMES.items():
         if storage.startswith(scheme):
-            return SharedPlaces(url + storage.removeprefix(scheme), timeout)
+            from redis.asyncio import BlockingConnectionPool  # the extra spallm-serve[redis]
+
+            return BlockingConnectionPool.from_url(
+                url + storage.removeprefix(scheme),
+                max_connections=_CONNECTIONS,
+                timeout=timeout,
+                socket_timeout=timeout,
+                socket_connect_timeout=timeout,
+            )
     return None

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from spallm_serve.kernels import lut_linear, prepare_codes
+from spallm_serve.kernels import prepare_codes
 from spallm_serve.kernels.backend import Backend
-from spallm_serve.kernels.choice import backend_of, rounds_tables
+from spallm_serve.kernels.choice import backend_of
+from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.server.additions import Addition
 
 
@@ -116,33 +117,29 @@ class _DenseSegment:
 
 @dataclass
 class _SketchedSegment:
-    """Linears of one format, their rows one below the other; ``tables [slots, out, groups, k]``.
+    """Linears of one format, their rows one below the other.
 
     The codes are held once: as bit-planes until the first product, then as its kernel reads them.
     """
 
     codes: Tensor
     columns: int
-    tables: Tensor
+    tables: HeldTables
     prepared_for: torch.dtype | None = None
     backend: Backend | None = None
 
     @property
     def device(self) -> torch.device:
-        return self.tables.device
+        return self.tables.entries.device
 
     @property
     def slot_bytes(self) -> int:
-        return self.tables[0].nbytes
+        return self.tables.slot_bytes
 
     def product(self, x: Tensor, slots: Tensor | None, only: int) -> Tensor:
         self._prepare(x.dtype)
-        tables = self.tables if slots is not None else self.tables[only, None]
-        if torch.compiler.is_compiling() or torch.is_grad_enabled() or self.backend is None:
-            return lut_linear(x, self.codes, tables, slots)
-        # What lut_linear would check holds by how all this was made, and to check it takes as long
-        # as a small layer: 2 % of a step of SmolLM2.
-        return self.backend.lut_linear(x, self.codes, tables, slots, None)
+        assert self.backend is not None
+        return self.tables.linear(x, self.codes, self.backend, slots, only)
 
     def _prepare(self, dtype: torch.dtype) -> None:
         if dtype != self.prepared_for:
@@ -150,7 +147,7 @@ class _SketchedSegment:
             with torch.inference_mode(False):
                 if self.prepared_for is not None:
                     self.codes = backend_of(self.codes).planes(self.codes)
-                groups = self.tables.shape[2]
+                groups = self.tables.entries.shape[2]
                 self.codes = prepare_codes(self.codes, self.columns, groups, dtype)
             self.prepared_for, self.backend = dtype, backend_of(self.codes)
 
@@ -194,8 +191,7 @@ class SlottedLinear:
         Args:
             linears: all with the same ``columns``.
             slots: sets of tables, the base's included; all are the base's to begin with.
-            dtype: of the activations. Where the kernel rounds tables to it anyway they are held in
-                it, so that this is not done for each row in each step.
+            dtype: of the activations.
         """
         parts: list[Part] = []
         members: list[list[Linear]] = []
@@ -234,21 +230,22 @@ class SlottedLinear:
         """Where its codes and weights are."""
         return self._segments[0].device
 
-    def base_tables(self, part: Part) -> Tensor:
-        """The base's tables of a linear, ``[out, groups, 2**bits]``."""
+    def base_tables(self, part: Part) -> HeldTables:
+        """The base's tables of a linear."""
         return self._tables(0, part)
 
     def fill(
         self,
         slot: int,
-        tables: Mapping[int, Tensor],
+        tables: Mapping[int, HeldTables],
         additions: Mapping[int, Addition],
     ) -> None:
         """Put an adapter into a slot that no token uses.
 
         Args:
             slot: not 0.
-            tables: by the number of the linear; those that are not there are the base's.
+            tables: by the number of the linear, in the form of the base's; those that are not there
+                are the base's.
             additions: by the number of the linear.
         """
         for number, part in enumerate(self.parts):
@@ -267,10 +264,10 @@ class SlottedLinear:
         """What the tables of one slot take."""
         return sum(segment.slot_bytes for segment in self._segments)
 
-    def _tables(self, slot: int, part: Part) -> Tensor:
+    def _tables(self, slot: int, part: Part) -> HeldTables:
         segment = self._segments[part.segment]
         assert isinstance(segment, _SketchedSegment)
-        return segment.tables[slot, part.start : part.start + part.rows]
+        return segment.tables.rows(slot, part.start, part.start + part.rows)
 
     def _add(self, y: Tensor, x: Tensor, step: StepSlots) -> None:
         if not self._added:
@@ -290,7 +287,5 @@ def _segment(
         return _DenseSegment(torch.cat(weights).to(dtype))
     sketches = [linear for linear in linears if isinstance(linear, Sketched)]
     planes = torch.cat([linear.planes for linear in sketches], dim=1)
-    tables = torch.cat([linear.tables for linear in sketches])
-    if rounds_tables(tables.device.type, dtype):
-        tables = tables.to(dtype)
-    return _SketchedSegment(planes, sketches[0].columns, tables.repeat(slots, 1, 1, 1))
+    tables = HeldTables.of(torch.cat([linear.tables for linear in sketches]), slots, dtype)
+    return _SketchedSegment(planes, sketches[0].columns, tables)

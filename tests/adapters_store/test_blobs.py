@@ -81,7 +81,10 @@ def test_what_is_frozen_is_linked_and_all_else_copied(tmp_path: Path) -> None:
     blobs = BlobStore(str(tmp_path / "blobs"))
     for frozen in (False, True):
         path = written(tmp_path / f"file-{frozen}", f"content {frozen}".encode())
+        os.utime(path, (1000, 1000))
         digest = blobs.put_file(path, frozen=frozen).digest
+        found = blobs.find(digest)
+        assert found is not None and found.age < 1000
         stored = tmp_path / "blobs" / digest[:2] / digest
         assert stored.samefile(path) == frozen
         assert stored.stat().st_mode & 0o777 == 0o444

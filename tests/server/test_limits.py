@@ -18,7 +18,7 @@ from spallm_serve.adapters_store.records import Quota
 from spallm_serve.errors import UserError
 from spallm_serve.server.errors import ApiError
 from spallm_serve.server.limits import TenantLimiter
-from spallm_serve.server.places import SharedPlaces, shared_places
+from spallm_serve.server.places import SharedPlaces, connections
 
 
 @dataclass
@@ -153,12 +153,15 @@ def test_requests_at_a_time_of_all_processes_count_together(redis: Redis) -> Non
 def test_those_that_come_together_at_several_processes(redis: Redis) -> None:
     async def run() -> list[int]:
         limiters = [TenantLimiter(redis.url) for _ in range(4)]
+        refused = asyncio.Semaphore(0)
 
         async def one(limiter: TenantLimiter) -> int:
             try:
                 async with limiter.admitted("acme", AT_A_TIME):
-                    await asyncio.sleep(0.3)
+                    for _ in range(3):  # of each of both
+                        await refused.acquire()
             except ApiError as error:
+                refused.release()
                 return error.status
             return 200
 
@@ -179,20 +182,18 @@ def test_a_request_that_its_own_minute_refuses_keeps_no_place(redis: Redis) -> N
 
 def test_a_place_lasts_as_long_as_its_request_and_not_longer_than_its_server(redis: Redis) -> None:
     async def run() -> None:
-        lease = 0.4
+        lease = 2.0
         one, two = (_places(redis, lease) for _ in range(2))
         async with one.taken("acme", 1) as mine:
             assert mine
-            for _ in range(6):  # it is prolonged
+            for _ in range(3):  # it is prolonged
                 await asyncio.sleep(lease / 2)
                 async with two.taken("acme", 1) as theirs:
                     assert not theirs
             killed = one._renewing
             assert killed is not None
             killed.cancel()
-            await asyncio.sleep(1.2 * lease)
-            async with two.taken("acme", 1) as theirs:
-                assert theirs
+            await _until_free(two)
         # What is over by then, and was another's place, is not given back in its stead.
         async with two.taken("acme", 1) as theirs, one.taken("acme", 1) as mine:
             assert (theirs, mine) == (True, False)
@@ -210,15 +211,57 @@ def test_what_a_redis_that_hung_was_asked_for_is_free_after_a_lease(redis: Redis
                 async with places.taken("acme", 1):
                     pass
         redis.process.send_signal(signal.SIGCONT)
-        await asyncio.sleep(1.2)
-        async with places.taken("acme", 1) as taken:
-            assert taken
+        await _until_free(places)
 
     asyncio.run(run())
 
 
+def test_a_redis_that_has_forgotten_hears_of_what_runs(redis: Redis) -> None:
+    async def run() -> None:
+        one, two = (_places(redis, lease=0.3) for _ in range(2))
+        async with one.taken("acme", 1):
+            await one._redis.flushall()
+            deadline = time.monotonic() + 20
+            while await _is_free(two):
+                assert time.monotonic() < deadline
+                await asyncio.sleep(0.05)
+
+    asyncio.run(run())
+
+
+def test_more_requests_than_connections_wait_for_their_turn(redis: Redis) -> None:
+    async def run() -> None:
+        limiter, many = TenantLimiter(redis.url), 300
+        quota = Quota(concurrent_requests=many, requests_per_minute=2 * many + 9)
+        for _ in range(2):
+            begun = asyncio.Barrier(many)
+
+            async def one(begun: asyncio.Barrier = begun) -> None:
+                async with limiter.admitted("acme", quota):
+                    await begun.wait()  # all of them are in, and go together
+
+            await asyncio.gather(*(one() for _ in range(many)))
+        assert await ask(limiter, quota) == 200
+
+    asyncio.run(run())
+
+
+async def _is_free(places: SharedPlaces) -> bool:
+    async with places.taken("acme", 1) as taken:
+        return taken
+
+
+async def _until_free(places: SharedPlaces) -> None:
+    deadline = time.monotonic() + 20
+    while not await _is_free(places):
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.05)
+
+
 def _places(redis: Redis, lease: float, timeout: float = 2.0) -> SharedPlaces:
-    return SharedPlaces(redis.url.replace("redis+unix", "unix"), timeout, lease)
+    pool = connections(redis.url, timeout)
+    assert pool is not None
+    return SharedPlaces(pool, lease)
 
 
 @pytest.mark.parametrize(
@@ -232,7 +275,7 @@ def _places(redis: Redis, lease: float, timeout: float = 2.0) -> SharedPlaces:
     ],
 )
 def test_which_storages_have_places(storage: str, shared: bool) -> None:
-    assert (shared_places(storage, 2.0) is not None) == shared
+    assert (connections(storage, 2.0) is not None) == shared
 
 
 @pytest.mark.parametrize("storage", ["nowhere://", "redis", "", "redis://host:port"])

@@ -1,4 +1,4 @@
-// What the two files of AVX-512 kernels share. To be included after their target pragma.
+// What the files of AVX-512 kernels share. To be included after their target pragma.
 
 #pragma once
 
@@ -117,6 +117,21 @@ INLINE __m512 spread_floats(__m512 entries) {
   if constexpr (Bits == 4) return entries;
   else if constexpr (Bits == 3) return _mm512_broadcast_f32x8(_mm512_castps512_ps256(entries));
   else return _mm512_broadcast_f32x4(_mm512_castps512_ps128(entries));
+}
+
+// Entries of 16 bits that fill the low words, as look-ups of words find them: 16 twice, eight four
+// times, and of four all 16 pairs, of which 2 bits look up one at a time.
+template <int Bits>
+INLINE __m512i spread_words(__m256i entries) {
+  if constexpr (Bits == 4) {
+    return _mm512_broadcast_i64x4(entries);
+  } else if constexpr (Bits == 3) {
+    return _mm512_broadcast_i32x4(_mm256_castsi256_si128(entries));
+  } else {
+    const __m512i pairs = _mm512_set_epi16(3, 3, 3, 2, 3, 1, 3, 0, 2, 3, 2, 2, 2, 1, 2, 0, 1, 3, 1,
+                                           2, 1, 1, 1, 0, 0, 3, 0, 2, 0, 1, 0, 0);
+    return _mm512_permutexvar_epi16(pairs, _mm512_castsi256_si512(entries));
+  }
 }
 
 // The entries of a table, whatever their type, as floats in the low lanes; zeros above.

@@ -13,20 +13,6 @@
 namespace spallm {
 namespace {
 
-// A register to look up in, from entries that fill its low words.
-template <int Bits>
-INLINE __m512i spread(__m256i entries) {
-  if constexpr (Bits == 4) {
-    return _mm512_broadcast_i64x4(entries);
-  } else if constexpr (Bits == 3) {
-    return _mm512_broadcast_i32x4(_mm256_castsi256_si128(entries));
-  } else {
-    const __m512i pairs = _mm512_set_epi16(3, 3, 3, 2, 3, 1, 3, 0, 2, 3, 2, 2, 2, 1, 2, 0, 1, 3, 1,
-                                           2, 1, 1, 1, 0, 0, 3, 0, 2, 0, 1, 0, 0);
-    return _mm512_permutexvar_epi16(pairs, _mm512_castsi256_si512(entries));
-  }
-}
-
 struct Bfloat16 : Avx512 {
   using X = uint16_t;
   using Values = __m512bh;
@@ -38,8 +24,8 @@ struct Bfloat16 : Avx512 {
   template <int Bits>
   static INLINE __m512i table(const char* entries, Type type) {
     constexpr __mmask16 kMask = static_cast<__mmask16>((1u << (1 << Bits)) - 1);
-    if (type == kBfloat16) return spread<Bits>(_mm256_maskz_loadu_epi16(kMask, entries));
-    return spread<Bits>((__m256i)_mm512_cvtneps_pbh(load_floats<Bits>(entries, type)));
+    if (type == kBfloat16) return spread_words<Bits>(_mm256_maskz_loadu_epi16(kMask, entries));
+    return spread_words<Bits>((__m256i)_mm512_cvtneps_pbh(load_floats<Bits>(entries, type)));
   }
 
   template <int Bits>

@@ -22,7 +22,10 @@ constexpr int kMaxSlots = 4;   // of different slots: their tables take register
 // Rows that are done for one batch of tokens before the next: their codes stay in the first cache.
 constexpr int kRowBlock = 8;
 
-enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2 };
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInteger = 3 };
+
+// Of the entries of tables in integers.
+constexpr float kLargestEntry = 4096.0f;
 
 struct Layout {
   int64_t rows, columns, groups;
@@ -56,6 +59,7 @@ struct Batch {
   bool one_slot;                  // all of tables[] are the same
   int64_t token[kMaxTokens];      // rows of x and y
   const char* tables[kMaxTokens]; // of each token's slot: its first row
+  int64_t slot[kMaxTokens];
 };
 
 // What an instruction set offers. Rows of codes start on 64 bytes where the caller's buffer does.
@@ -88,6 +92,16 @@ struct Kernels {
 // Sums by code have no better way with AVX2.
 void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float* values,
                         float* sums);
+
+#if defined(__x86_64__)
+// Products of integers, where the processor has AVX-512 with VNNI. As Kernels::dot_bfloat16; the sums
+// still lack the scales of the tables and of the token, which the second returns: it makes a token's
+// activations integers, groups filled up with zeros to whole steps.
+void avx512_dot_integers(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                         const char* const* tables, Type type, const int16_t* const* x,
+                         float* products);
+float avx512_integers(const Layout& layout, const char* x, Type type, int16_t* out);
+#endif
 
 extern const Kernels kScalar;
 extern const Kernels kAvx2;

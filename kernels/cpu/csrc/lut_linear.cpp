@@ -63,16 +63,17 @@ void make_batches(int64_t tokens, const int32_t* slots, const char* tables, int6
                      [=](int64_t a, int64_t b) { return slots[a] < slots[b]; });
   const auto slot_of = [=](int64_t token) { return slots == nullptr ? 0 : slots[token]; };
   batches.clear();
-  Batch alone{0, false, {}, {}};
+  Batch alone{0, false, {}, {}, {}};
   for (int64_t start = 0; start < tokens;) {
     int64_t stop = start + 1;
     while (stop < tokens && stop - start < kMaxTokens &&
            slot_of(order[stop]) == slot_of(order[start]))
       ++stop;
-    Batch together{0, true, {}, {}};
+    Batch together{0, true, {}, {}, {}};
     Batch& batch = stop - start == 1 ? alone : together;
     for (; start < stop; ++start) {
       batch.token[batch.count] = order[start];
+      batch.slot[batch.count] = slot_of(order[start]);
       batch.tables[batch.count++] = tables + slot_of(order[start]) * slot_bytes;
     }
     if (together.count > 0) batches.push_back(together);
@@ -149,6 +150,39 @@ void load_floats(const char* from, Type type, int64_t count, float* out) {
     for (int64_t k = 0; k < count; ++k) out[k] = load(from, k, type);
 }
 
+#if defined(__x86_64__)
+constexpr auto kDotIntegers = avx512_dot_integers;
+constexpr auto kIntegers = avx512_integers;
+#else
+constexpr void (*kDotIntegers)(const Layout&, const uint8_t*, int, const Batch&, const char* const*,
+                               Type, const int16_t* const*, float*) = nullptr;
+constexpr float (*kIntegers)(const Layout&, const char*, Type, int16_t*) = nullptr;
+#endif
+
+// x in integers, with the scale of each token.
+const char* prepared_integers(const Layout& layout, const char* x, Type type, int64_t tokens,
+                              float* scales, Scratch& scratch) {
+  char* out = scratch.at_least(tokens * layout.padded() * sizeof(int16_t));
+  for (int64_t t = 0; t < tokens; ++t)
+    scales[t] = kIntegers(layout, x + t * layout.columns * size_of(type), type,
+                          reinterpret_cast<int16_t*>(out) + t * layout.padded());
+  return out;
+}
+
+// What products of integers still lack.
+struct Scales {
+  const float* of_tables;  // [slots, rows]
+  const float* of_tokens;
+  int64_t rows;
+
+  void apply(const Batch& batch, int64_t row, int count, float* products) const {
+    for (int t = 0; t < batch.count; ++t, products += kRowBlock) {
+      const float* own = of_tables + batch.slot[t] * rows + row;
+      for (int r = 0; r < count; ++r) products[r] *= own[r] * of_tokens[batch.token[t]];
+    }
+  }
+};
+
 struct Output {
   char* y;
   Type type;
@@ -210,13 +244,24 @@ int32_t spallm_cpu_level() {
 #endif
 }
 
+// Whether there are instructions for tables in integers.
+int32_t spallm_cpu_integers() {
+#if defined(__x86_64__)
+  return spallm_cpu_level() >= 2 && __builtin_cpu_supports("avx512vnni");
+#else
+  return 0;
+#endif
+}
+
 // y[t, r] = bias[r] + sum_j tables[slots[t], r, group(j), code[r, j]] x[t, j].
 //   packed: the codes with their header.
+//   scales: [slots, rows] of tables in integers, where there are instructions for them; else null.
 // Returns -1 when done. Otherwise y is untouched: -2 where the header says something else than the
 // arguments, or the first token whose slot is not in 0 .. n_slots - 1.
 int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, int64_t groups,
-                          int32_t bits, const char* tables, int32_t table_type, int64_t n_slots,
-                          const char* x, int32_t x_type, int64_t tokens, const int32_t* slots,
+                          int32_t bits, const char* tables, int32_t table_type,
+                          const float* scales, int64_t n_slots, const char* x, int32_t x_type,
+                          int64_t tokens, const int32_t* slots,
                           const char* bias, int32_t bias_type, char* y, int32_t level) {
   const Layout layout{rows, columns, groups, bits};
   const Kernels& with = kernels(level);
@@ -228,13 +273,17 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
 
   thread_local std::vector<int64_t> order;
   thread_local std::vector<Batch> batches;
-  thread_local Scratch activations;
+  thread_local Scratch activations, factors;
   const int64_t row_table = groups * layout.entries() * size_of(stored);
   make_batches(tokens, slots, tables, rows * row_table, order, batches);
+  const bool in_integers = stored == kInteger;
   const bool in_bfloat16 = type == kBfloat16 && with.dot_bfloat16 != nullptr;
+  float* token_scales = reinterpret_cast<float*>(factors.at_least(tokens * sizeof(float)));
   const char* values =
-      in_bfloat16 ? prepared_bfloat16(layout, x, tokens, activations)
-                  : prepared_float32(layout, x, type, tokens, with.lanes, activations);
+      in_integers   ? prepared_integers(layout, x, type, tokens, token_scales, activations)
+      : in_bfloat16 ? prepared_bfloat16(layout, x, tokens, activations)
+                    : prepared_float32(layout, x, type, tokens, with.lanes, activations);
+  const Scales missing{scales, token_scales, rows};
   const Output output{y, type, bias, static_cast<Type>(bias_type), rows};
   const Batch* batch = batches.data();
   const int64_t n_batches = static_cast<int64_t>(batches.size());
@@ -248,12 +297,15 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
     for (int64_t b = 0; b < n_batches; ++b) {
       float products[kMaxTokens * kRowBlock];
       const int64_t offset = row * row_table;
-      if (in_bfloat16)
+      if (in_integers)
+        rows_of_batch(kDotIntegers, layout, at, count, batch[b], offset, stored, values, products);
+      else if (in_bfloat16)
         rows_of_batch(with.dot_bfloat16, layout, at, count, batch[b], offset, stored, values,
                       products);
       else
         rows_of_batch(with.dot_float32, layout, at, count, batch[b], offset, stored, values,
                       products);
+      if (in_integers) missing.apply(batch[b], row, count, products);
       output.put(batch[b], row, count, products);
     }
   }

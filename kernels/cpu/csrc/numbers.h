@@ -1,4 +1,4 @@
-// Numbers of the three types that tensors come in, one at a time.
+// Numbers of the three floating point types that tensors come in, one at a time.
 
 #pragma once
 

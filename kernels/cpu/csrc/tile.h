@@ -4,7 +4,7 @@
 //   struct Math {
 //     using X;                       // of activations, as they lie in memory
 //     using Values;                  // those of one part of a step
-//     using Sum;                     // a register of float32
+//     using Sum;                     // a register of float32, or of integers of 32 bits
 //     using Codes;                   // of one chunk: a register, or where it lies
 //     template <int Bits> using Index, Table, Weights;
 //     kParts, kPartColumns           // a step is multiplied in so many parts

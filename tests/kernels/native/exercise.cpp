@@ -15,9 +15,10 @@
 
 extern "C" {
 int32_t spallm_cpu_level();
+int32_t spallm_cpu_integers();
 int64_t spallm_lut_linear(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
-                          int64_t, const char*, int32_t, int64_t, const int32_t*, const char*,
-                          int32_t, char*, int32_t);
+                          const float*, int64_t, const char*, int32_t, int64_t, const int32_t*,
+                          const char*, int32_t, char*, int32_t);
 void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t, char*,
                    int32_t, int32_t);
 void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
@@ -85,6 +86,35 @@ void repack(const Layout& layout) {
   if (std::memcmp(planes.data(), again.data(), bytes) != 0) fail(layout, "repack", 0, 0, 0);
 }
 
+// Tables in integers, and the same in float32.
+void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t tokens, int64_t n_slots,
+                       const int32_t* slots, Type type) {
+  const int64_t row_entries = layout.groups * layout.entries(), rows = n_slots * layout.rows;
+  Buffer entries(rows * row_entries * 2), scales(rows * 4), floats(rows * row_entries * 4);
+  for (int64_t row = 0; row < rows; ++row) {
+    const float scale = static_cast<float>(pick(1, 9)) / 4096;
+    reinterpret_cast<float*>(scales.data())[row] = scale;
+    for (int64_t k = row * row_entries; k < (row + 1) * row_entries; ++k) {
+      const int64_t entry = pick(-4096, 4096);
+      reinterpret_cast<int16_t*>(entries.data())[k] = static_cast<int16_t>(entry);
+      store(floats.data(), k, kFloat32, static_cast<float>(entry) * scale);
+    }
+  }
+  const Buffer x = numbers(tokens * layout.columns, type);
+  const Buffer bias = numbers(layout.rows, kFloat32);
+  const Buffer found(tokens * layout.rows * size_of(type)), wanted(tokens * layout.rows * size_of(type));
+  const auto multiply = [&](const Buffer& tables, Type stored, const float* factors, const Buffer& y) {
+    if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits,
+                          tables.data(), stored, factors, n_slots, x.data(), type, tokens, slots,
+                          bias.data(), kFloat32, y.data(), 0) != -1)
+      fail(layout, "integers refused", 0, 0, 0);
+  };
+  multiply(entries, kInteger, reinterpret_cast<const float*>(scales.data()), found);
+  multiply(floats, kFloat32, nullptr, wanted);
+  // Of 1,200 products at most, each of up to nine times a normal number, by a few 10,000ths.
+  compare(layout, "integers", 0, found.data(), wanted.data(), tokens * layout.rows, type, 0.3f);
+}
+
 void exercise(const Layout& layout) {
   const int64_t entries = layout.groups * layout.entries();
   Buffer packed((1 + layout.rows) * layout.row_bytes());
@@ -108,8 +138,8 @@ void exercise(const Layout& layout) {
     for (int32_t level = 0; level <= spallm_cpu_level(); ++level) {
       y.emplace_back(tokens * layout.rows * size_of(type));
       if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits,
-                            tables.data(), stored, n_slots, x.data(), type, tokens, slots.data(),
-                            bias.data(), stored, y.back().data(), level) != -1)
+                            tables.data(), stored, nullptr, n_slots, x.data(), type, tokens,
+                            slots.data(), bias.data(), stored, y.back().data(), level) != -1)
         fail(layout, "lut_linear refused", level, 0, 0);
       compare(layout, "lut_linear", level, y.back().data(), y[0].data(), tokens * layout.rows,
               type, type == kFloat32 ? 1e-3f : 0.3f);
@@ -128,9 +158,12 @@ void exercise(const Layout& layout) {
               layout.rows * entries, kFloat32, 1e-3f);
     }
   }
+  if (spallm_cpu_integers())
+    for (const Type type : {kFloat32, kBfloat16, kFloat16})
+      exercise_integers(layout, codes, tokens, n_slots, slots.data(), type);
   slots[tokens - 1] = static_cast<int32_t>(n_slots);
   if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits, nullptr, 0,
-                        n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=
+                        nullptr, n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=
       tokens - 1)
     fail(layout, "a slot out of range", 0, 0, 0);
 }

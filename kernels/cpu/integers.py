@@ -1,0 +1,67 @@
+"""Tables as 16-bit integers, for processors that multiply those fastest.
+
+A row's entries share one scale, and a token's activations another, chosen by the kernel such that
+no sum of 32 bits overflows; so those are exact.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from torch import Tensor
+
+from spallm_serve.kernels.cpu.library import library
+from spallm_serve.kernels.native import NativeLibraryError
+
+# Set to 1, tables are held as integers where the processor has instructions for them.
+INTEGERS_VARIABLE = "SPALLM_CPU_INTEGERS"
+# The largest entry of a row (kLargestEntry in csrc/layout.h).
+LARGEST_ENTRY = 4096
+
+
+def to_integers(tables: Tensor) -> tuple[Tensor, Tensor]:
+    """The nearest entries that are whole multiples of a row's scale.
+
+    Args:
+        tables: floating point ``[..., out, groups, 2**bits]``.
+
+    Returns:
+        int16 of the same shape, in each row up to :data:`LARGEST_ENTRY` in size; and the scales,
+        float32 ``[..., out]``. A row with an entry that is no number has a scale that is none.
+    """
+    values = tables.float()
+    scales = values.abs().amax((-2, -1)) / LARGEST_ENTRY
+    usable = scales > torch.finfo(torch.float32).tiny
+    inverse = torch.where(usable, scales.reciprocal(), 0.0)
+    whole = (values * inverse[..., None, None]).round_().nan_to_num_(0.0)
+    kept = torch.where(usable | scales.isnan(), scales, 0.0)
+    return whole.to(torch.int16), kept
+
+
+def from_integers(values: Tensor, scales: Tensor) -> Tensor:
+    """float32 of what :func:`to_integers` gave."""
+    return values * scales[..., None, None]
+
+
+def why_no_integers() -> str | None:
+    """Why tables cannot be held as integers; None if they can."""
+    try:
+        able = bool(library().spallm_cpu_integers())
+    except NativeLibraryError as error:
+        return str(error)
+    return None if able else "this processor has no AVX-512 with VNNI"
+
+
+def integers_are_wanted() -> bool:
+    """Whether tables are to be held as integers.
+
+    Raises:
+        ValueError: they are to, and cannot be.
+    """
+    if os.environ.get(INTEGERS_VARIABLE) != "1":
+        return False
+    reason = why_no_integers()
+    if reason is not None:
+        raise ValueError(f"{INTEGERS_VARIABLE}=1: {reason}; unset it")
+    return True
