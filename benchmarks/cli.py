@@ -108,6 +108,20 @@ def engine(
 
 
 @app.command()
+def integers(
+    base: Annotated[Path, typer.Option(help="What spallm-compress made.")],
+    text: Annotated[Path, typer.Option(help="Text to judge on, e.g. test.txt.")],
+    windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 8,
+    json: Json = None,
+) -> None:
+    """The loss in vLLM with SPALLM_CPU_INTEGERS=1, beside that in float32."""
+    with measuring(None):
+        from spallm_serve.benchmarks.integers import integer_records
+
+        finish(integer_records(base, text, windows), json)
+
+
+@app.command()
 def lloyd(json: Json = None) -> None:
     """Seconds for the tables of a 4096 x 4096 matrix on one core."""
     with measuring(None):

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -16,6 +14,7 @@ import torch
 
 from spallm_serve.adapter import Adapter, LoraConfig, LutConfig
 from spallm_serve.adapter_files import write_adapter
+from spallm_serve.benchmarks.apart import measured_apart
 from spallm_serve.benchmarks.model import has_tokenizer
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.errors import UserError
@@ -139,7 +138,7 @@ def make_loras(model_dir: Path, folder: Path, count: int, rank: int) -> list[Pat
 def _measure(
     model: Path, adapters: list[Path], requests: int, tokens: int, rounds: int, dtype: str
 ) -> dict[str, Any]:
-    """What an engine of its own process says; it prints much else."""
+    """What an engine of its own process says."""
     told = {
         "model": str(model),
         "adapters": [str(path) for path in adapters],
@@ -148,25 +147,7 @@ def _measure(
         "rounds": rounds,
         "dtype": dtype,
     }
-    environment = os.environ | {
-        "VLLM_PLUGINS": "spallm",
-        "VLLM_LOGGING_LEVEL": "ERROR",
-        "VLLM_CPU_KVCACHE_SPACE": "1",
-        # What it would keep of a compiled model cannot be read again on a CPU.
-        "VLLM_USE_AOT_COMPILE": "0",
-    }
-    if not torch.cuda.is_available():
-        # One process, which has all cores, for vLLM's own engines too: else one core waits.
-        environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    command = [sys.executable, "-m", __name__, json.dumps(told)]
-    finished = subprocess.run(command, env=environment, capture_output=True, check=False)
-    lines = [line for line in finished.stdout.decode().splitlines() if line.startswith("{")]
-    if finished.returncode or not lines:
-        raise RuntimeError(
-            f"the engine for {model.name} failed: {finished.stderr.decode()[-2000:]}"
-        )
-    found: dict[str, Any] = json.loads(lines[-1])
-    return found
+    return measured_apart(__name__, told)
 
 
 def run_engine(
