@@ -31,8 +31,8 @@ _BFLOAT16_HINT = (
     "the memory for cached tokens and for weights that are not compressed"
 )
 _INTEGERS_HINT = (
-    f"{INTEGERS_VARIABLE}=1 lets compressed layers multiply 16-bit integers here, which is faster "
-    "and rounds less than bfloat16 does"
+    f"{INTEGERS_VARIABLE}=1 lets compressed layers multiply 16-bit integers here, which is faster; "
+    "the README says what it rounds"
 )
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.
