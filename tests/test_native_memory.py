@@ -33,7 +33,8 @@ def test_native_code_stays_inside_its_buffers(
     built = tmp_path / "exercise"
     command = [
         compiler, "-O0", "-g1", "-std=c++17", "-fopenmp", "-fno-sanitize-recover=all",
-        "-fsanitize=address,undefined", "-DSPALLM_ONE_LEVEL", "-Wno-psabi", f"-I{sources}",
+        "-fsanitize=address,undefined", "-DSPALLM_ONE_LEVEL", "-DSPALLM_SMALL_TILES",
+        "-Wno-psabi", f"-I{sources}",
         str(program), *map(str, sorted(sources.glob("*.cpp"))), "-o", str(built),
     ]  # fmt: skip
     compiled = subprocess.run(command, capture_output=True, text=True)
