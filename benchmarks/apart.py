@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ def measured_apart(
 
     Args:
         module: run with ``told`` in JSON as its argument.
-        told: what to measure.
+        told: what to measure; its ``model`` is the directory that an engine is started for.
         environment: variables beside those of an engine in one process.
 
     Raises:
@@ -43,6 +44,7 @@ def measured_apart(
     )
     lines = [line for line in finished.stdout.decode().splitlines() if line.startswith("{")]
     if finished.returncode or not lines:
-        raise UserError(f"the engine failed: {finished.stderr.decode()[-2000:]}")
+        problem = finished.stderr.decode()[-2000:]
+        raise UserError(f"the engine for {Path(told['model']).name} failed: {problem}")
     found: dict[str, Any] = json.loads(lines[-1])
     return found

@@ -34,7 +34,7 @@ def integer_records(base: Path, text: Path, windows: int) -> Iterator[Record]:
     reason = why_no_integers()
     if reason is not None:
         raise UserError(reason)
-    told = {"base": str(base), "text": str(text), "windows": windows}
+    told = {"model": str(base), "text": str(text), "windows": windows}
     ours, theirs = (
         torch.tensor(
             measured_apart(__name__, told, {INTEGERS_VARIABLE: value})["losses"],
@@ -71,11 +71,11 @@ def integer_records(base: Path, text: Path, windows: int) -> Iterator[Record]:
     )
 
 
-def prompt_losses(base: str, text: str, windows: int) -> list[float]:
+def prompt_losses(model: str, text: str, windows: int) -> list[float]:
     """The loss of every token but the first of each window.
 
     Args:
-        base: directory.
+        model: directory.
         text: file.
         windows: of the text.
 
@@ -85,11 +85,11 @@ def prompt_losses(base: str, text: str, windows: int) -> list[float]:
     from transformers import AutoTokenizer
     from vllm import LLM, SamplingParams
 
-    ids = AutoTokenizer.from_pretrained(base)(Path(text).read_text(encoding="utf-8"))["input_ids"]
+    ids = AutoTokenizer.from_pretrained(model)(Path(text).read_text(encoding="utf-8"))["input_ids"]
     if len(ids) < windows * _WINDOW:
         raise UserError(f"{text}: {len(ids)} tokens, {windows} windows of {_WINDOW} were asked for")
     engine = LLM(
-        base, dtype="float32", enforce_eager=True, max_model_len=_WINDOW + 1, max_num_seqs=1,
+        model, dtype="float32", enforce_eager=True, max_model_len=_WINDOW + 1, max_num_seqs=1,
         max_num_batched_tokens=_CHUNK, enable_prefix_caching=False,
     )  # fmt: skip
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)

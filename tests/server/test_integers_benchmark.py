@@ -20,7 +20,7 @@ def test_losses_are_compared_token_by_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def engine(module: str, told: dict[str, Any], environment: dict[str, str]) -> dict[str, Any]:
-        assert told == {"base": "/a/base", "text": "/a/text", "windows": 2}
+        assert told == {"model": "/a/base", "text": "/a/text", "windows": 2}
         return {"losses": LOSSES[environment[INTEGERS_VARIABLE]]}
 
     monkeypatch.setattr(integers, "measured_apart", engine)
