@@ -12,7 +12,11 @@ from torch import Tensor
 
 from spallm_serve.kernels.backend import Backend, Request
 from spallm_serve.kernels.cpu.backend import CpuBackend
-from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, integers_are_wanted
+from spallm_serve.kernels.cpu.integers import (
+    INTEGERS_VARIABLE,
+    integers_are_wanted,
+    why_no_integers,
+)
 from spallm_serve.kernels.cpu.library import LEVELS
 from spallm_serve.kernels.gpu.backend import TritonBackend
 from spallm_serve.kernels.packing import check_planes
@@ -122,6 +126,9 @@ def holds_integers(device: str, dtype: torch.dtype) -> bool:
     backend = _choose(request)[0]
     if not isinstance(backend, CpuBackend):
         raise ValueError(f"{INTEGERS_VARIABLE}=1: {backend.name} has no integers; unset it")
+    reason = why_no_integers(backend.level)
+    if reason is not None:
+        raise ValueError(f"{INTEGERS_VARIABLE}=1: {reason}; unset it")
     return True
 
 

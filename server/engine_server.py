@@ -12,11 +12,8 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from vllm import envs
 
 from spallm_serve.errors import UserError
-from spallm_serve.kernels.cpu.integers import (
-    INTEGERS_VARIABLE,
-    integers_are_wanted,
-    why_no_integers,
-)
+from spallm_serve.kernels.choice import holds_integers
+from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, why_no_integers
 from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError, prepare_compiling
@@ -109,7 +106,7 @@ def _for_this_machine(engine_flags: list[str]) -> list[str]:
     if found_flag(engine_flags, "--dtype") is None and not native:
         console.print(_BFLOAT16_HINT, soft_wrap=True)
     try:
-        wanted = integers_are_wanted()
+        wanted = holds_integers("cpu", torch.float32)
     except ValueError as error:
         raise UserError(str(error)) from error
     if not wanted and not native and why_no_integers() is None:

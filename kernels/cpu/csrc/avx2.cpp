@@ -65,13 +65,13 @@ struct Float32 {
   using Table = FloatTable<Bits>;
   template <int Bits>
   using Weights = Floats;
-  static constexpr int kParts = 2, kPartColumns = 2 * kLanes;
+  static constexpr int kParts = 2, kPartColumns = 2 * kLanes, kStepsTogether = 1;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
 
   static INLINE Sum zero() { return _mm256_setzero_ps(); }
   static INLINE Codes codes(const uint8_t* at) { return at; }
 
-  template <int Bits, int Step, int Part>
+  template <int Bits, int Step, int Part, bool Whole>
   static INLINE __m256i index(const Codes* chunk) {
     const auto words = [&](int number) ALWAYS_INLINE {
       return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk[number] + 32 * Part));
@@ -126,8 +126,8 @@ INLINE void decode_step(const uint8_t* const* chunk, const FloatTable<Bits>& tab
     _mm256_storeu_ps(at, _mm256_permute2f128_ps(low, high, 0x20));
     _mm256_storeu_ps(at + kLanes, _mm256_permute2f128_ps(low, high, 0x31));
   };
-  half(Float32::index<Bits, Step, 0>(chunk), out);
-  half(Float32::index<Bits, Step, 1>(chunk), out + 2 * kLanes);
+  half(Float32::index<Bits, Step, 0, true>(chunk), out);
+  half(Float32::index<Bits, Step, 1, true>(chunk), out + 2 * kLanes);
 }
 
 template <int Bits, typename Out, typename Store, int... Steps>
@@ -186,7 +186,8 @@ void decode_bfloat16(const Layout& layout, const uint8_t* codes, const float* ta
 }  // namespace
 
 const Kernels kAvx2 = {
-    kLanes, nullptr, dot<Float32>, decode_float32, decode_bfloat16, scalar_bucket_sums,
+    kLanes, nullptr, dot<Float32>, avx2_dot_integers, avx2_to_integers, kAvx2IntegerSteps,
+    decode_float32, decode_bfloat16, scalar_bucket_sums,
 };
 
 }  // namespace spallm

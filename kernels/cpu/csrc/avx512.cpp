@@ -136,7 +136,8 @@ void avx512_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
 }
 
 const Kernels kAvx512 = {
-    16, nullptr, avx512_dot_float32, avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
+    16, nullptr, avx512_dot_float32, avx512_dot_integers, avx512_to_integers, 1,
+    avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
 };
 
 }  // namespace spallm

@@ -41,13 +41,13 @@ struct Avx512 {
   using Codes = __m512i;
   template <int Bits>
   using Index = __m512i;
-  static constexpr int kParts = 1, kPartColumns = kStep;
+  static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = 1;
   static constexpr int kFewTokens = 2, kFewRows = 4, kManyRows = 2;
 
   static INLINE Sum zero() { return _mm512_setzero_ps(); }
   static INLINE Codes codes(const uint8_t* at) { return _mm512_loadu_si512(at); }
 
-  template <int Bits, int Step, int Part>
+  template <int Bits, int Step, int Part, bool Whole>
   static INLINE __m512i index(const __m512i* chunk) {
     return lane_index<Bits, Step>(chunk);
   }

@@ -3,10 +3,9 @@
 // activations are made integers here, each token with its scale, such that no sum can overflow.
 
 #if defined(__x86_64__)
-#include <algorithm>
 #include <cmath>
-#include <limits>
 
+#include "integers.h"
 #include "layout.h"
 #include "numbers.h"
 
@@ -16,9 +15,6 @@
 
 namespace spallm {
 namespace {
-
-// The sum's, less what float32 may have rounded away when the sizes of so many values were added.
-constexpr float kLargestSum = 0x1p31f * (1 - 0x1p-7f), kLargestValue = 32767.0f;
 
 // Quiet and signalling NaN, both infinities.
 constexpr int kNoNumber = 0x01 | 0x80 | 0x08 | 0x10;
@@ -87,7 +83,7 @@ void avx512_dot_integers(const Layout& layout, const uint8_t* codes, int rows, c
   dot<Integers>(layout, codes, rows, batch, tables, type, x, products);
 }
 
-float avx512_integers(const Layout& layout, const char* x, Type type, int16_t* out) {
+float avx512_to_integers(const Layout& layout, const char* x, Type type, float*, int16_t* out) {
   const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
   __m512 largest = _mm512_setzero_ps(), first = largest, second = largest;
   __mmask16 strange = 0;
@@ -105,21 +101,16 @@ float avx512_integers(const Layout& layout, const char* x, Type type, int16_t* o
       _mm512_max_ps(with_neighbours(first), with_neighbours(second)));
   // No number is among them, or their sum is beyond what float32 holds.
   const bool usable = strange == 0 && std::isfinite(most);
-  // Each product may be rounded up by half of the largest entry.
-  const float rounding = static_cast<float>(layout.padded() / kStep) * kLargestEntry;
-  const float scale = std::max(_mm512_reduce_max_ps(largest) / kLargestValue,
-                               most * (kLargestEntry / (kLargestSum - rounding)));
-  // The inverse of what is smaller is not finite; and nothing of it would be left anyway.
-  const float inverse = usable && scale > 1e-36f ? 1.0f / scale : 0.0f;
-  const __m512 factor = _mm512_set1_ps(inverse);
+  const IntegerScale scale(usable, _mm512_reduce_max_ps(largest), most,
+                           2 * layout.padded() / kStep);
+  const __m512 factor = _mm512_set1_ps(scale.inverse);
   for (int64_t g = 0; g < layout.groups; ++g)
     for (int64_t j = 0; j < padded_width; j += 16) {
       const __m512 values = load_values(x, g * width + j, width - j, type);
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + g * padded_width + j),
                           _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(values, factor))));
     }
-  if (!usable) return std::numeric_limits<float>::quiet_NaN();
-  return inverse == 0.0f ? 0.0f : scale;
+  return scale.value;
 }
 
 }  // namespace spallm

@@ -29,9 +29,6 @@ constexpr int kRowBlock = 8;
 
 enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInteger = 3 };
 
-// Of the entries of tables in integers.
-constexpr float kLargestEntry = 4096.0f;
-
 struct Layout {
   int64_t rows, columns, groups;
   int32_t bits;
@@ -39,12 +36,15 @@ struct Layout {
   int64_t entries() const { return int64_t{1} << bits; }
   int64_t width() const { return columns / groups; }
   int64_t steps() const { return (width() + kStep - 1) / kStep; }
+  int64_t steps_filled_up_to(int64_t whole) const { return (steps() + whole - 1) / whole * whole; }
   int64_t chunks() const {
     return bits == 2 ? (steps() + 7) / 8 : (bits * steps() + 15) / 16;
   }
   int64_t row_bytes() const { return groups * chunks() * kChunk; }
   // Width of a row whose groups are filled up to whole steps.
-  int64_t padded() const { return groups * steps() * kStep; }
+  int64_t padded(int64_t steps_together = 1) const {
+    return groups * steps_filled_up_to(steps_together) * kStep;
+  }
   bool is_padded() const { return width() % kStep != 0; }
 };
 
@@ -83,6 +83,17 @@ struct Kernels {
                       const char* const* tables, Type type, const float* const* x,
                       float* products);
 
+  // Products of integers, which still lack the scales of the tables and of the token; null where
+  // they would not be faster. The second makes a token's activations integers, in the order and
+  // filled up with zeros as the first reads them, and returns their scale; it may write as many
+  // floats to `room`. The levels of AVX-512 have them for processors with VNNI.
+  void (*dot_integers)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                       const char* const* tables, Type type, const int16_t* const* x,
+                       float* products);
+  float (*to_integers)(const Layout& layout, const char* x, Type type, float* room, int16_t* out);
+  // Each group of those is filled up to whole multiples of so many steps.
+  int integer_steps;
+
   // The weights of one row from its float32 tables. Group g starts at out + g * group_stride; where
   // that is the bare width, nothing is written beyond it.
   void (*decode_float32)(const Layout& layout, const uint8_t* codes, const float* tables, float* out,
@@ -99,13 +110,17 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
                         float* sums);
 
 #if defined(__x86_64__)
-// Products of integers, where the processor has AVX-512 with VNNI. As Kernels::dot_bfloat16; the sums
-// still lack the scales of the tables and of the token, which the second returns: it makes a token's
-// activations integers, groups filled up with zeros to whole steps.
+// Kernels::dot_integers and to_integers.
+constexpr int kAvx2IntegerSteps = 2;
+void avx2_dot_integers(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+                       const char* const* tables, Type type, const int16_t* const* x,
+                       float* products);
+float avx2_to_integers(const Layout& layout, const char* x, Type type, float* room, int16_t* out);
 void avx512_dot_integers(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
                          const char* const* tables, Type type, const int16_t* const* x,
                          float* products);
-float avx512_integers(const Layout& layout, const char* x, Type type, int16_t* out);
+float avx512_to_integers(const Layout& layout, const char* x, Type type, float* room,
+                         int16_t* out);
 #endif
 
 extern const Kernels kScalar;

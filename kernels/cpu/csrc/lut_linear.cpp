@@ -150,22 +150,16 @@ void load_floats(const char* from, Type type, int64_t count, float* out) {
     for (int64_t k = 0; k < count; ++k) out[k] = load(from, k, type);
 }
 
-#if defined(__x86_64__)
-constexpr auto kDotIntegers = avx512_dot_integers;
-constexpr auto kIntegers = avx512_integers;
-#else
-constexpr void (*kDotIntegers)(const Layout&, const uint8_t*, int, const Batch&, const char* const*,
-                               Type, const int16_t* const*, float*) = nullptr;
-constexpr float (*kIntegers)(const Layout&, const char*, Type, int16_t*) = nullptr;
-#endif
-
 // x in integers, with the scale of each token.
-const char* prepared_integers(const Layout& layout, const char* x, Type type, int64_t tokens,
-                              float* scales, Scratch& scratch) {
-  char* out = scratch.at_least(tokens * layout.padded() * sizeof(int16_t));
+const char* prepared_integers(const Kernels& with, const Layout& layout, const char* x, Type type,
+                              int64_t tokens, float* scales, Scratch& scratch) {
+  const int64_t padded = layout.padded(with.integer_steps);
+  char* out = scratch.at_least(padded * (tokens * sizeof(int16_t) + sizeof(float)));
+  int16_t* integers = reinterpret_cast<int16_t*>(out);
+  float* room = reinterpret_cast<float*>(integers + tokens * padded);
   for (int64_t t = 0; t < tokens; ++t)
-    scales[t] = kIntegers(layout, x + t * layout.columns * size_of(type), type,
-                          reinterpret_cast<int16_t*>(out) + t * layout.padded());
+    scales[t] = with.to_integers(layout, x + t * layout.columns * size_of(type), type, room,
+                                 integers + t * padded);
   return out;
 }
 
@@ -211,12 +205,13 @@ template <typename X>
 void rows_of_batch(void (*dot)(const Layout&, const uint8_t*, int, const Batch&,
                                const char* const*, Type, const X* const*, float*),
                    const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
-                   int64_t table_offset, Type table_type, const char* x, float* products) {
+                   int64_t table_offset, Type table_type, const char* x, int64_t padded,
+                   float* products) {
   const char* tables[kMaxTokens];
   const X* tokens[kMaxTokens];
   for (int t = 0; t < batch.count; ++t) {
     tables[t] = batch.tables[t] + table_offset;
-    tokens[t] = reinterpret_cast<const X*>(x) + batch.token[t] * layout.padded();
+    tokens[t] = reinterpret_cast<const X*>(x) + batch.token[t] * padded;
   }
   dot(layout, codes, rows, batch, tables, table_type, tokens, products);
 }
@@ -244,20 +239,22 @@ int32_t spallm_cpu_level() {
 #endif
 }
 
-// Whether there are instructions for tables in integers.
-int32_t spallm_cpu_integers() {
+// Whether this processor has products of integers at a level, and faster ones than of floats.
+int32_t spallm_cpu_integers(int32_t level) {
+  if (level > spallm_cpu_level() || kernels(level).dot_integers == nullptr) return 0;
 #if defined(__x86_64__)
-  return spallm_cpu_level() >= 2 && __builtin_cpu_supports("avx512vnni");
+  return level < 2 || __builtin_cpu_supports("avx512vnni");
 #else
-  return 0;
+  return 1;
 #endif
 }
 
 // y[t, r] = bias[r] + sum_j tables[slots[t], r, group(j), code[r, j]] x[t, j].
 //   packed: the codes with their header.
-//   scales: [slots, rows] of tables in integers, where there are instructions for them; else null.
+//   scales: [slots, rows] of tables in integers; else null.
 // Returns -1 when done. Otherwise y is untouched: -2 where the header says something else than the
-// arguments, or the first token whose slot is not in 0 .. n_slots - 1.
+// arguments, -3 where there are no instructions for integers, or the first token whose slot is not in
+// 0 .. n_slots - 1.
 int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, int64_t groups,
                           int32_t bits, const char* tables, int32_t table_type,
                           const float* scales, int64_t n_slots, const char* x, int32_t x_type,
@@ -267,6 +264,7 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
   const Kernels& with = kernels(level);
   const Type type = static_cast<Type>(x_type), stored = static_cast<Type>(table_type);
   if (!reinterpret_cast<const Header*>(packed)->fits(layout)) return -2;
+  if (stored == kInteger && !spallm_cpu_integers(level)) return -3;
   const uint8_t* codes = packed + layout.row_bytes();
   for (int64_t t = 0; slots != nullptr && t < tokens; ++t)
     if (slots[t] < 0 || slots[t] >= n_slots) return t;
@@ -280,9 +278,10 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
   const bool in_bfloat16 = type == kBfloat16 && with.dot_bfloat16 != nullptr;
   float* token_scales = reinterpret_cast<float*>(factors.at_least(tokens * sizeof(float)));
   const char* values =
-      in_integers   ? prepared_integers(layout, x, type, tokens, token_scales, activations)
+      in_integers   ? prepared_integers(with, layout, x, type, tokens, token_scales, activations)
       : in_bfloat16 ? prepared_bfloat16(layout, x, tokens, activations)
                     : prepared_float32(layout, x, type, tokens, with.lanes, activations);
+  const int64_t padded = layout.padded(in_integers ? with.integer_steps : 1);
   const Scales missing{scales, token_scales, rows};
   const Output output{y, type, bias, static_cast<Type>(bias_type), rows};
   const Batch* batch = batches.data();
@@ -298,13 +297,14 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
       float products[kMaxTokens * kRowBlock];
       const int64_t offset = row * row_table;
       if (in_integers)
-        rows_of_batch(kDotIntegers, layout, at, count, batch[b], offset, stored, values, products);
+        rows_of_batch(with.dot_integers, layout, at, count, batch[b], offset, stored, values, padded,
+                      products);
       else if (in_bfloat16)
         rows_of_batch(with.dot_bfloat16, layout, at, count, batch[b], offset, stored, values,
-                      products);
+                      padded, products);
       else
         rows_of_batch(with.dot_float32, layout, at, count, batch[b], offset, stored, values,
-                      products);
+                      padded, products);
       if (in_integers) missing.apply(batch[b], row, count, products);
       output.put(batch[b], row, count, products);
     }

@@ -8,9 +8,10 @@
 //     using Codes;                   // of one chunk: a register, or where it lies
 //     template <int Bits> using Index, Table, Weights;
 //     kParts, kPartColumns           // a step is multiplied in so many parts
+//     kStepsTogether                 // where their columns are mixed, in all but whole blocks
 //     kFewTokens, kFewRows           // up to so many tokens take so many rows at a time
 //     kManyRows                      // more tokens than that
-//     zero(), codes(at), index<Bits, Step>(chunks, part), table<Bits>(entries, type),
+//     zero(), codes(at), index<Bits, Step, Part, Whole>(chunks), table<Bits>(entries, type),
 //     look_up<Bits>(index, table), values(x), multiply_add(sum, values, weights),
 //     lane_sums(four sums, out)
 //   };
@@ -61,14 +62,14 @@ struct Tile {
   typename Math::template Table<Bits> tables[Rows][kTables];
   typename Math::Sum sums[Rows][Tokens];
 
-  template <int Step, int Part>
+  template <int Step, int Part, bool Whole>
   INLINE void multiply(const typename Math::Codes (*chunk)[kBlockChunks<Bits>],
                        const typename Math::X* const* x, int64_t column) {
     typename Math::template Index<Bits> at[Rows];
     typename Math::template Weights<Bits> weights[Rows];
 #pragma GCC unroll 4
     for (int r = 0; r < Rows; ++r) {
-      at[r] = Math::template index<Bits, Step, Part>(chunk[r]);
+      at[r] = Math::template index<Bits, Step, Part, Whole>(chunk[r]);
       weights[r] = Math::template look_up<Bits>(at[r], tables[r][0]);
     }
 #pragma GCC unroll 8
@@ -83,15 +84,15 @@ struct Tile {
     }
   }
 
-  template <int Step, int... Parts>
+  template <int Step, bool Whole, int... Parts>
   INLINE void multiply_step(const typename Math::Codes (*chunk)[kBlockChunks<Bits>],
                             const typename Math::X* const* x, int64_t column,
                             std::integer_sequence<int, Parts...>) {
-    (multiply<Step, Parts>(chunk, x, column), ...);
+    (multiply<Step, Parts, Whole>(chunk, x, column), ...);
   }
 
-  // Only the first `live` steps of the block are there.
-  template <int... Steps>
+  // Only the first `live` steps of the block are there, all of them in a whole one.
+  template <bool Whole, int... Steps>
   INLINE void multiply_block(const uint8_t* codes, int64_t row_bytes,
                              const typename Math::X* const* x, int64_t column, int live,
                              std::integer_sequence<int, Steps...>) {
@@ -104,7 +105,10 @@ struct Tile {
       for (int c = 0; c < kBlockChunks<Bits>; ++c)
         // A chunk that is not there is not used either, but is not read.
         chunk[r][c] = Math::codes(codes + r * row_bytes + (c < chunks ? c : 0) * kChunk);
-    ((Steps < live ? multiply_step<Steps>(chunk, x, column, kEachPart) : void()), ...);
+    constexpr int kTogether = Math::kStepsTogether;
+    ((Steps / kTogether * kTogether < live ? multiply_step<Steps, Whole>(chunk, x, column, kEachPart)
+                                           : void()),
+     ...);
   }
 
   // products[t * kRowBlock + r].
@@ -137,6 +141,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
       kSpanBytes / (Tokens * sizeof(typename Math::X) * kSteps * kStep), kSpan = kFit > 1 ? kFit : 1;
   constexpr auto kEach = std::make_integer_sequence<int, kSteps>{};
   using Sums = Tile<Math, Bits, Rows, Tokens, OneSlot>;
+  const int64_t padded_steps = layout.steps_filled_up_to(Math::kStepsTogether);
   const int64_t steps = layout.steps(), row_bytes = layout.row_bytes(), groups = layout.groups;
   const int64_t group_bytes = layout.chunks() * kChunk;
   const int64_t table_bytes = layout.entries() * size_of(type);
@@ -170,10 +175,12 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
         for (int r = 0; r < Rows; ++r, ahead += row_bytes)
           for (int64_t at = 0; at < ahead_bytes; at += kChunk) __builtin_prefetch(ahead + at);
         for (; step + kSteps <= stop; step += kSteps, chunk += kBlockBytes)
-          tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep, kSteps, kEach);
+          tile.template multiply_block<true>(chunk, row_bytes, x, (g * padded_steps + step) * kStep,
+                                             kSteps, kEach);
         if (step < stop)
-          tile.multiply_block(chunk, row_bytes, x, (g * steps + step) * kStep,
-                              static_cast<int>(stop - step), kEach);
+          tile.template multiply_block<false>(chunk, row_bytes, x,
+                                              (g * padded_steps + step) * kStep,
+                                              static_cast<int>(stop - step), kEach);
       }
       if (!InSpans || last == blocks) {
         tile.put(products + row);

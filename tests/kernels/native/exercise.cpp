@@ -15,7 +15,7 @@
 
 extern "C" {
 int32_t spallm_cpu_level();
-int32_t spallm_cpu_integers();
+int32_t spallm_cpu_integers(int32_t);
 int64_t spallm_lut_linear(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
                           const float*, int64_t, const char*, int32_t, int64_t, const int32_t*,
                           const char*, int32_t, char*, int32_t);
@@ -88,7 +88,7 @@ void repack(const Layout& layout) {
 
 // Tables in integers, and the same in float32.
 void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t tokens, int64_t n_slots,
-                       const int32_t* slots, Type type) {
+                       const int32_t* slots, Type type, int32_t level) {
   const int64_t row_entries = layout.groups * layout.entries(), rows = n_slots * layout.rows;
   Buffer entries(rows * row_entries * 2), scales(rows * 4), floats(rows * row_entries * 4);
   for (int64_t row = 0; row < rows; ++row) {
@@ -106,13 +106,13 @@ void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t token
   const auto multiply = [&](const Buffer& tables, Type stored, const float* factors, const Buffer& y) {
     if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits,
                           tables.data(), stored, factors, n_slots, x.data(), type, tokens, slots,
-                          bias.data(), kFloat32, y.data(), 0) != -1)
-      fail(layout, "integers refused", 0, 0, 0);
+                          bias.data(), kFloat32, y.data(), level) != -1)
+      fail(layout, "integers refused", level, 0, 0);
   };
   multiply(entries, kInteger, reinterpret_cast<const float*>(scales.data()), found);
   multiply(floats, kFloat32, nullptr, wanted);
   // Of 1,200 products at most, each of up to nine times a normal number, by a few 10,000ths.
-  compare(layout, "integers", 0, found.data(), wanted.data(), tokens * layout.rows, type, 0.3f);
+  compare(layout, "integers", level, found.data(), wanted.data(), tokens * layout.rows, type, 0.3f);
 }
 
 void exercise(const Layout& layout) {
@@ -158,9 +158,10 @@ void exercise(const Layout& layout) {
               layout.rows * entries, kFloat32, 1e-3f);
     }
   }
-  if (spallm_cpu_integers())
+  for (int32_t level = 0; level <= spallm_cpu_level(); ++level)
     for (const Type type : {kFloat32, kBfloat16, kFloat16})
-      exercise_integers(layout, codes, tokens, n_slots, slots.data(), type);
+      if (spallm_cpu_integers(level))
+        exercise_integers(layout, codes, tokens, n_slots, slots.data(), type, level);
   slots[tokens - 1] = static_cast<int32_t>(n_slots);
   if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits, nullptr, 0,
                         nullptr, n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=

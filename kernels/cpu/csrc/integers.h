@@ -1,0 +1,38 @@
+// What makes activations integers, whatever the instructions. To be included before any target
+// pragma: it has to run on every processor.
+
+#pragma once
+
+#include <cstdint>
+#include <limits>
+
+namespace spallm {
+
+// Of the entries of tables in integers.
+constexpr float kLargestEntry = 4096.0f;
+// Of activations.
+constexpr float kLargestValue = 32767.0f;
+// The sum's, less what float32 may have rounded away when the sizes of so many values were added.
+constexpr float kLargestSum = 0x1p31f * (1 - 0x1p-7f);
+
+// The finest unit in which a token's activations can be integers such that no sum overflows.
+struct IntegerScale {
+  float value, inverse;
+
+  // usable: all are numbers, and so is `most`. largest: of their sizes. most: the largest sum of
+  // sizes that meet in one lane, of so many products.
+  IntegerScale(bool usable, float largest, float most, int64_t products) {
+    // Each product may be rounded up by half of the largest entry.
+    const float rounding = static_cast<float>(products) / 2 * kLargestEntry;
+    const float by_value = largest / kLargestValue;
+    const float by_sum = most * (kLargestEntry / (kLargestSum - rounding));
+    const float scale = by_value > by_sum ? by_value : by_sum;
+    // The inverse of what is smaller is not finite; and nothing of it would be left anyway.
+    inverse = usable && scale > 1e-36f ? 1.0f / scale : 0.0f;
+    value = !usable             ? std::numeric_limits<float>::quiet_NaN()
+            : inverse == 0.0f ? 0.0f
+                              : scale;
+  }
+};
+
+}  // namespace spallm
