@@ -111,7 +111,7 @@ def rounds_tables(device: str, dtype: torch.dtype) -> bool:
 
 
 def holds_integers(device: str, dtype: torch.dtype) -> bool:
-    """Whether a server holds tables as integers.
+    """Whether a server holds tables as integers: where those are multiplied faster.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -120,16 +120,21 @@ def holds_integers(device: str, dtype: torch.dtype) -> bool:
     Raises:
         ValueError: it is asked for, and this processor or the chosen backend has no way to.
     """
-    if device != "cpu" or not integers_are_wanted():
+    wanted = integers_are_wanted()
+    if device != "cpu" or wanted is False:
         return False
     request = Request(device, dtype, bits=4, rows=4096, columns=4096, groups=1)
     backend = _choose(request)[0]
     if not isinstance(backend, CpuBackend):
-        raise ValueError(f"{INTEGERS_VARIABLE}=1: {backend.name} has no integers; unset it")
-    reason = why_no_integers(backend.level)
-    if reason is not None:
-        raise ValueError(f"{INTEGERS_VARIABLE}=1: {reason}; unset it")
-    return True
+        reason: str | None = f"{backend.name} has no integers"
+    else:
+        reason = why_no_integers(backend.level)
+    if wanted:
+        if reason is not None:
+            raise ValueError(f"{INTEGERS_VARIABLE}=1: {reason}; unset it")
+        return True
+    # A dtype that tables are rounded to is one that is multiplied as fast.
+    return reason is None and not backend.rounds_tables(dtype)
 
 
 def backend_of(codes: Tensor) -> Backend:

@@ -21,7 +21,8 @@ class HeldTables:
 
     Attributes:
         entries: ``[slots, out, groups, 2**bits]`` or ``[out, groups, 2**bits]``; as they came, or
-            in the dtype of the activations where kernels round them to it anyway, or as integers.
+            in the dtype of the activations where kernels round them to it anyway, or as integers
+            where those are multiplied faster.
         scales: float32 ``[slots, out]`` or ``[out]`` of integers
             (:func:`~spallm_serve.kernels.cpu.integers.to_integers`); else None.
     """

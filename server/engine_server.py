@@ -13,7 +13,6 @@ from vllm import envs
 
 from spallm_serve.errors import UserError
 from spallm_serve.kernels.choice import holds_integers
-from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, why_no_integers
 from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError, prepare_compiling
@@ -26,10 +25,6 @@ _BINDING = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 _BFLOAT16_HINT = (
     "this processor has no bfloat16 instructions: -- --dtype float32 is faster, and takes twice "
     "the memory for cached tokens and for weights that are not compressed"
-)
-_INTEGERS_HINT = (
-    f"{INTEGERS_VARIABLE}=1 lets compressed layers multiply 16-bit integers here, which is faster; "
-    "the README says what it rounds"
 )
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.
@@ -106,11 +101,9 @@ def _for_this_machine(engine_flags: list[str]) -> list[str]:
     if found_flag(engine_flags, "--dtype") is None and not native:
         console.print(_BFLOAT16_HINT, soft_wrap=True)
     try:
-        wanted = holds_integers("cpu", torch.float32)
+        holds_integers("cpu", torch.float32)
     except ValueError as error:
         raise UserError(str(error)) from error
-    if not wanted and not native and why_no_integers() is None:
-        console.print(_INTEGERS_HINT, soft_wrap=True)
     return _compiling(engine_flags, console)
 
 

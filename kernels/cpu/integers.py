@@ -14,7 +14,7 @@ from torch import Tensor
 from spallm_serve.kernels.cpu.library import LEVELS, best_level, library
 from spallm_serve.kernels.native import NativeLibraryError
 
-# Set to 1, tables are held as integers.
+# 1 or 0: tables are held as integers, or never. Else where those are multiplied faster.
 INTEGERS_VARIABLE = "SPALLM_CPU_INTEGERS"
 # The largest entry of a row (kLargestEntry in csrc/integers.h).
 LARGEST_ENTRY = 4096
@@ -60,13 +60,13 @@ def why_no_integers(level: int | None = None) -> str | None:
     return f"there are no faster products of integers with {LEVELS[level]}, which is what runs here"
 
 
-def integers_are_wanted() -> bool:
-    """Whether tables are to be held as integers.
+def integers_are_wanted() -> bool | None:
+    """Whether tables are to be held as integers; None where they are if it is faster.
 
     Raises:
-        ValueError: the environment says neither yes nor no.
+        ValueError: the environment says neither.
     """
-    wanted = os.environ.get(INTEGERS_VARIABLE, "0")
-    if wanted not in ("0", "1"):
-        raise ValueError(f"{INTEGERS_VARIABLE}={wanted!r}: expected 0 or 1")
-    return wanted == "1"
+    said = os.environ.get(INTEGERS_VARIABLE, "")
+    if said not in ("", "0", "1"):
+        raise ValueError(f"{INTEGERS_VARIABLE}={said!r}: expected 0 or 1, or unset it")
+    return bool(int(said)) if said else None

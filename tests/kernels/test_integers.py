@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spallm_serve.kernels import prepare_codes
+from spallm_serve.kernels import choice, prepare_codes
 from spallm_serve.kernels.choice import FORCE_VARIABLE, holds_integers
 from spallm_serve.kernels.cpu import integers
 from spallm_serve.kernels.cpu.backend import BLAS_TOKENS, CpuBackend
@@ -274,6 +274,20 @@ def test_held_tables_are_integers_where_it_is_asked_for(monkeypatch: pytest.Monk
         holds_integers("cpu", torch.float32)
 
 
+@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("faster", [False, True])
+def test_integers_are_held_where_they_are_multiplied_faster(
+    faster: bool, rounds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the dtype of the activations has no instructions of its own."""
+    monkeypatch.delenv(INTEGERS_VARIABLE, raising=False)
+    monkeypatch.setattr(choice, "why_no_integers", lambda level: None if faster else "none")
+    monkeypatch.setattr(CpuBackend, "rounds_tables", lambda self, dtype: rounds)
+    assert holds_integers("cpu", torch.bfloat16) == (faster and not rounds)
+    monkeypatch.setenv(INTEGERS_VARIABLE, "0")
+    assert not holds_integers("cpu", torch.bfloat16)
+
+
 def test_a_processor_without_instructions_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     none = SimpleNamespace(spallm_cpu_integers=lambda level: ctypes.c_int32(0).value)
     monkeypatch.setattr(integers, "library", lambda: none)
@@ -293,7 +307,8 @@ def test_instructions_without_products_of_integers_are_refused(
     codes, tables = layer(4, 64, 4, 1, 1, 0)
     with pytest.raises(ValueError, match="no products of integers with scalar"):
         multiply(torch.zeros(1, 64), codes, tables, None, "scalar")
-    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
     monkeypatch.setenv(FORCE_VARIABLE, "cpu-scalar")
+    assert HeldTables.of(tables[0], 2, torch.float32).scales is None
+    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
     with pytest.raises(ValueError, match="there are no faster products of integers with scalar"):
         HeldTables.of(tables[0], 2, torch.float32)

@@ -58,34 +58,6 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
     assert ("--dtype float32 is faster" in capfd.readouterr().err) == hints
 
 
-@pytest.mark.parametrize(
-    ("native", "able", "wanted", "hints"),
-    [
-        (False, True, "0", True),
-        (False, True, "1", False),
-        (True, True, "0", False),
-        (False, False, "0", False),
-    ],
-)
-def test_integers_are_told_of_where_they_are_faster(
-    native: bool,
-    able: bool,
-    wanted: str,
-    hints: bool,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr(vllm_compat, "serve", lambda flags: None)
-    monkeypatch.setattr(engine_server, "bfloat16_is_native", lambda device: native)
-    for module in (engine_server, choice):
-        monkeypatch.setattr(
-            module, "why_no_integers", lambda level=None: None if able else "no such thing"
-        )
-    monkeypatch.setenv(integers.INTEGERS_VARIABLE, wanted)
-    engine_server.run(ServerSettings(base="/base", store="/store"), [])
-    assert (integers.INTEGERS_VARIABLE in capfd.readouterr().err) == hints
-
-
 def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choice, "why_no_integers", lambda level: "no such thing")
     monkeypatch.setenv(integers.INTEGERS_VARIABLE, "1")

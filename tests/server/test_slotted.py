@@ -147,8 +147,9 @@ def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) 
             return
         part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1, torch.float32)
         by_columns += part(shard.inputs(x), None, StepSlots())
-    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=1e-3)
+    # Tables may be held as integers, and a share's rows in units of their own.
+    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=1e-2)
+    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=1e-2)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

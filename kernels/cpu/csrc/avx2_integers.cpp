@@ -141,8 +141,11 @@ struct Integers {
 
   static INLINE Sum multiply_add(Sum sum, const Pair<__m256i>& values,
                                  const Pair<__m256i>& weights) {
-    return _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(values.even, weights.even),
-                                                  _mm256_madd_epi16(values.odd, weights.odd)));
+    sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(values.even, weights.even),
+                                                 _mm256_madd_epi16(values.odd, weights.odd)));
+    // Else the compiler adds up in an order of its own, for which it keeps all products of a block.
+    asm("" : "+x"(sum));
+    return sum;
   }
 
   // A lane's sum fits 32 bits, that of all lanes need not.

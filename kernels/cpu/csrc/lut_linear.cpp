@@ -86,18 +86,30 @@ void make_batches(int64_t tokens, const int32_t* slots, const char* tables, int6
   }
 }
 
+// Activations as kernels read them: those of a token start so many bytes behind the one before.
+struct Activations {
+  const char* values;
+  int64_t stride;
+};
+
+// The stride of a copy: an odd number of cache lines. A power of two would bring what all tokens have
+// for the same columns into the same few places of the cache.
+int64_t stride_for(int64_t bytes) { return ((bytes + 63) / 64 | 1) * 64; }
+
 // x in bfloat16 as its kernels read it: groups filled up with zeros to whole steps.
-const char* prepared_bfloat16(const Layout& layout, const char* x, int64_t tokens,
+Activations prepared_bfloat16(const Layout& layout, const char* x, int64_t tokens,
                               Scratch& scratch) {
-  if (!layout.is_padded()) return x;
+  if (!layout.is_padded()) return {x, layout.columns * 2};
   const int64_t width = layout.width() * 2, padded_width = layout.steps() * kStep * 2;
-  char* out = scratch.at_least(tokens * layout.padded() * 2);
-  for (int64_t part = 0; part < tokens * layout.groups; ++part) {
-    char* at = out + part * padded_width;
-    std::memcpy(at, x + part * width, width);
-    std::memset(at + width, 0, padded_width - width);
-  }
-  return out;
+  const int64_t stride = stride_for(layout.padded() * 2);
+  char* out = scratch.at_least(tokens * stride);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t g = 0; g < layout.groups; ++g) {
+      char* at = out + t * stride + g * padded_width;
+      std::memcpy(at, x + (t * layout.groups + g) * width, width);
+      std::memset(at + width, 0, padded_width - width);
+    }
+  return {out, stride};
 }
 
 // One group of a token's activations, see Kernels::lanes.
@@ -131,15 +143,18 @@ void arrange(const char* x, Type type, int64_t width, int64_t padded_width, int 
   for (; j < width; ++j) out[whole + (j - whole) / 2 + (j - whole) % 2 * lanes] = load(x, j, type);
 }
 
-const char* prepared_float32(const Layout& layout, const char* x, Type type, int64_t tokens,
+Activations prepared_float32(const Layout& layout, const char* x, Type type, int64_t tokens,
                              int lanes, Scratch& scratch) {
-  if (lanes == 1 && type == kFloat32 && !layout.is_padded()) return x;
+  if (lanes == 1 && type == kFloat32 && !layout.is_padded())
+    return {x, layout.columns * int64_t{sizeof(float)}};
   const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
-  char* out = scratch.at_least(tokens * layout.padded() * sizeof(float));
-  for (int64_t part = 0; part < tokens * layout.groups; ++part)
-    arrange(x + part * width * size_of(type), type, width, padded_width, lanes,
-            reinterpret_cast<float*>(out) + part * padded_width);
-  return out;
+  const int64_t stride = stride_for(layout.padded() * sizeof(float));
+  char* out = scratch.at_least(tokens * stride);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t g = 0; g < layout.groups; ++g)
+      arrange(x + (t * layout.groups + g) * width * size_of(type), type, width, padded_width, lanes,
+              reinterpret_cast<float*>(out + t * stride) + g * padded_width);
+  return {out, stride};
 }
 
 void load_floats(const char* from, Type type, int64_t count, float* out) {
@@ -151,16 +166,16 @@ void load_floats(const char* from, Type type, int64_t count, float* out) {
 }
 
 // x in integers, with the scale of each token.
-const char* prepared_integers(const Kernels& with, const Layout& layout, const char* x, Type type,
+Activations prepared_integers(const Kernels& with, const Layout& layout, const char* x, Type type,
                               int64_t tokens, float* scales, Scratch& scratch) {
   const int64_t padded = layout.padded(with.integer_steps);
-  char* out = scratch.at_least(padded * (tokens * sizeof(int16_t) + sizeof(float)));
-  int16_t* integers = reinterpret_cast<int16_t*>(out);
-  float* room = reinterpret_cast<float*>(integers + tokens * padded);
+  const int64_t stride = stride_for(padded * sizeof(int16_t));
+  char* out = scratch.at_least(tokens * stride + padded * sizeof(float));
+  float* room = reinterpret_cast<float*>(out + tokens * stride);
   for (int64_t t = 0; t < tokens; ++t)
     scales[t] = with.to_integers(layout, x + t * layout.columns * size_of(type), type, room,
-                                 integers + t * padded);
-  return out;
+                                 reinterpret_cast<int16_t*>(out + t * stride));
+  return {out, stride};
 }
 
 // What products of integers still lack.
@@ -205,13 +220,12 @@ template <typename X>
 void rows_of_batch(void (*dot)(const Layout&, const uint8_t*, int, const Batch&,
                                const char* const*, Type, const X* const*, float*),
                    const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
-                   int64_t table_offset, Type table_type, const char* x, int64_t padded,
-                   float* products) {
+                   int64_t table_offset, Type table_type, const Activations& x, float* products) {
   const char* tables[kMaxTokens];
   const X* tokens[kMaxTokens];
   for (int t = 0; t < batch.count; ++t) {
     tables[t] = batch.tables[t] + table_offset;
-    tokens[t] = reinterpret_cast<const X*>(x) + batch.token[t] * padded;
+    tokens[t] = reinterpret_cast<const X*>(x.values + batch.token[t] * x.stride);
   }
   dot(layout, codes, rows, batch, tables, table_type, tokens, products);
 }
@@ -277,11 +291,10 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
   const bool in_integers = stored == kInteger;
   const bool in_bfloat16 = type == kBfloat16 && with.dot_bfloat16 != nullptr;
   float* token_scales = reinterpret_cast<float*>(factors.at_least(tokens * sizeof(float)));
-  const char* values =
+  const Activations values =
       in_integers   ? prepared_integers(with, layout, x, type, tokens, token_scales, activations)
       : in_bfloat16 ? prepared_bfloat16(layout, x, tokens, activations)
                     : prepared_float32(layout, x, type, tokens, with.lanes, activations);
-  const int64_t padded = layout.padded(in_integers ? with.integer_steps : 1);
   const Scales missing{scales, token_scales, rows};
   const Output output{y, type, bias, static_cast<Type>(bias_type), rows};
   const Batch* batch = batches.data();
@@ -297,14 +310,14 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
       float products[kMaxTokens * kRowBlock];
       const int64_t offset = row * row_table;
       if (in_integers)
-        rows_of_batch(with.dot_integers, layout, at, count, batch[b], offset, stored, values, padded,
+        rows_of_batch(with.dot_integers, layout, at, count, batch[b], offset, stored, values,
                       products);
       else if (in_bfloat16)
         rows_of_batch(with.dot_bfloat16, layout, at, count, batch[b], offset, stored, values,
-                      padded, products);
+                      products);
       else
         rows_of_batch(with.dot_float32, layout, at, count, batch[b], offset, stored, values,
-                      padded, products);
+                      products);
       if (in_integers) missing.apply(batch[b], row, count, products);
       output.put(batch[b], row, count, products);
     }
