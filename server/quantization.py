@@ -33,6 +33,7 @@ from spallm_serve.kernels.packing import unpack_codes
 from spallm_serve.kernels.reference import dequantize
 from spallm_serve.server import opaque
 from spallm_serve.server.host_adapter import Place
+from spallm_serve.server.kept_embedding import kept_embedding
 from spallm_serve.server.layer_loader import LayerLoader
 from spallm_serve.server.sharding import Shard
 from spallm_serve.server.slotted import Sketched, SlottedLinear, StepSlots
@@ -104,11 +105,13 @@ class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod() if left else SpallmLinear(self, names)
         if isinstance(layer, ParallelLMHead):
-            return None if left else SpallmHead(self, names)
+            return kept_embedding(get_current_vllm_config()) if left else SpallmHead(self, names)
         # Some models, Llama among them, do not say where their token embedding is.
         embeddings = self.sketch.embeddings
-        if isinstance(layer, VocabParallelEmbedding) and (prefix in embeddings or not prefix):
-            return SpallmEmbedding() if embeddings else None
+        if isinstance(layer, VocabParallelEmbedding):
+            if embeddings and (prefix in embeddings or not prefix):
+                return SpallmEmbedding()
+            return kept_embedding(get_current_vllm_config())
         return None
 
     def leaves(self, name: str) -> bool:

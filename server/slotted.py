@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from spallm_serve.kernels import prepare_codes
 from spallm_serve.kernels.backend import Backend
 from spallm_serve.kernels.choice import backend_of
+from spallm_serve.kernels.cpu.dense import dense_linear, keeps_bfloat16
 from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.server.additions import Addition
 
@@ -112,7 +113,8 @@ class _DenseSegment:
         return 0
 
     def product(self, x: Tensor, slots: Tensor | None, only: int) -> Tensor:
-        return F.linear(x, self.weight)
+        kept = self.weight.dtype != x.dtype
+        return dense_linear(x, self.weight) if kept else F.linear(x, self.weight)
 
 
 @dataclass
@@ -284,7 +286,9 @@ def _segment(
     """Of linears that are all sketches of one format, or all left as they are."""
     weights = [linear.weight for linear in linears if isinstance(linear, Dense)]
     if weights:
-        return _DenseSegment(torch.cat(weights).to(dtype))
+        weight = torch.cat(weights)
+        kept = keeps_bfloat16(weight.device, dtype, weight.dtype)
+        return _DenseSegment(weight if kept else weight.to(dtype))
     sketches = [linear for linear in linears if isinstance(linear, Sketched)]
     planes = torch.cat([linear.planes for linear in sketches], dim=1)
     tables = HeldTables.of(torch.cat([linear.tables for linear in sketches]), slots, dtype)

@@ -65,7 +65,12 @@ def save_tiny(name: str, directory: Path, *, shard_size: str = "50GB") -> Path:
 
 
 def save_random(
-    config: PreTrainedConfig, directory: Path, *, scale: float = 0.2, shard_size: str = "50GB"
+    config: PreTrainedConfig,
+    directory: Path,
+    *,
+    scale: float = 0.2,
+    shard_size: str = "50GB",
+    dtype: torch.dtype = torch.float32,
 ) -> Path:
     """A random model; biases and norms are random too.
 
@@ -74,6 +79,7 @@ def save_random(
         directory: where it goes.
         scale: standard deviation of the weights.
         shard_size: as transformers writes it.
+        dtype: of what is saved.
     """
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
@@ -84,7 +90,7 @@ def save_random(
             else:
                 parameter.copy_(torch.randn_like(parameter) * scale)
     model.tie_weights()
-    model.save_pretrained(directory, max_shard_size=shard_size)
+    model.to(dtype).save_pretrained(directory, max_shard_size=shard_size)
     return directory
 
 

@@ -26,6 +26,8 @@ _FUNCTIONS = {
     # planes, rows, columns, groups, bits; packed
     "spallm_pack": (None, (*_CODES, _POINTER)),
     "spallm_unpack": (None, (*_CODES, _POINTER)),
+    # weight, rows, columns; x, tokens; y; level
+    "spallm_dense_linear": (None, (_POINTER, _I64, _I64, _POINTER, _I64, _POINTER, _I32)),
     # values, type; sums; level
     "spallm_bucket_sums": (None, (*_CODES, _POINTER, _I32, _POINTER, _I32)),
 }  # fmt: skip

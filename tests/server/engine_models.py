@@ -49,24 +49,27 @@ CONFIGS: dict[str, PreTrainedConfig] = {
 KINDS = ("lut", "lut-rows", "lut-norms", "smt", "lora")
 
 
-def make_base(name: str, directory: Path, **settings: object) -> Path:
+def make_base(
+    name: str, directory: Path, *, dtype: torch.dtype = torch.float32, **settings: object
+) -> Path:
     """A random model with a tokenizer, compressed.
 
     Args:
         name: of :data:`CONFIGS`.
         directory: for the model and what it becomes.
+        dtype: of the model.
         settings: the compressor's.
     """
-    dense = make_dense(name, directory / "dense")
+    dense = make_dense(name, directory / "dense", dtype)
     told = {"bits": 3, "samples": 2, "seqlen": 16, "estimator_rank": 2} | settings
     base = directory / "base"
     compress(str(dense), base, CompressSettings.model_validate(told), SilentObserver())
     return base
 
 
-def make_dense(name: str, directory: Path) -> Path:
+def make_dense(name: str, directory: Path, dtype: torch.dtype = torch.float32) -> Path:
     """A random model with a tokenizer."""
-    return save_tokenizer(save_random(CONFIGS[name], directory, scale=0.15))
+    return save_tokenizer(save_random(CONFIGS[name], directory, scale=0.15, dtype=dtype))
 
 
 def make_adapter(base: Path, kind: str, seed: int, directory: Path) -> Path:

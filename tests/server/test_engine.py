@@ -105,6 +105,23 @@ def test_a_base_answers_as_with_transformers(
     assert found == [greedy(model, list(prompt), TOKENS) for prompt in PROMPTS for model in models]
 
 
+@pytest.mark.parametrize(("name", "eager"), [("llama-tied", False), ("mistral", True)])
+def test_embeddings_stay_in_bfloat16_beside_float32(name: str, eager: bool, tmp_path: Path) -> None:
+    """A head and an embedding that are one, and two that are not; and linears that were left."""
+    settings = {"skip": VARIANTS["mistral"]["skip"]}
+    base = make_base(name, tmp_path, dtype=torch.bfloat16, **settings)
+    extension = "tests.server.noting_extension.NotingExtension"
+    engine = start(base, enforce_eager=eager, worker_extension_cls=extension)
+    try:
+        found = answers(engine, [list(prompt) for prompt in PROMPTS])
+        (dtypes,) = engine.collective_rpc("spallm_embedding_dtypes")
+    finally:
+        stop(engine)
+    assert dtypes == ["torch.bfloat16"]
+    model = oracle(base, None)
+    assert found == [greedy(model, list(prompt), TOKENS) for prompt in PROMPTS]
+
+
 @pytest.mark.parametrize(("name", "adapts"), [("llama-tied", False), ("gemma3", True)])
 def test_a_compiled_base_answers_as_with_transformers(
     name: str, adapts: bool, tmp_path: Path

@@ -10,6 +10,7 @@
 
 #include <immintrin.h>
 
+#include "dense.h"
 #include "tile.h"
 
 namespace spallm {
@@ -187,7 +188,7 @@ void decode_bfloat16(const Layout& layout, const uint8_t* codes, const float* ta
 
 const Kernels kAvx2 = {
     kLanes, nullptr, dot<Float32>, avx2_dot_integers, avx2_to_integers, kAvx2IntegerSteps,
-    decode_float32, decode_bfloat16, scalar_bucket_sums,
+    decode_float32, decode_bfloat16, scalar_bucket_sums, dense_rows<32>,
 };
 
 }  // namespace spallm

@@ -9,6 +9,7 @@
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq")
 
 #include "avx512.h"
+#include "dense.h"
 
 namespace spallm {
 namespace {
@@ -135,9 +136,15 @@ void avx512_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
   else bucket_sums_bits<4>(layout, codes, values, sums);
 }
 
+void avx512_dense_rows(const uint16_t* row, int64_t columns, const float* x, int64_t tokens,
+                       float* y, int64_t y_stride) {
+  dense_rows<64>(row, columns, x, tokens, y, y_stride);
+}
+
 const Kernels kAvx512 = {
     16, nullptr, avx512_dot_float32, avx512_dot_integers, avx512_to_integers, 1,
     avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
+    avx512_dense_rows,
 };
 
 }  // namespace spallm

@@ -17,6 +17,8 @@ void avx512_decode_float32(const Layout& layout, const uint8_t* codes, const flo
                            float* out, int64_t group_stride);
 void avx512_bucket_sums(const Layout& layout, const uint8_t* codes, const float* values,
                         float* sums);
+void avx512_dense_rows(const uint16_t* row, int64_t columns, const float* x, int64_t tokens,
+                       float* y, int64_t y_stride);
 
 namespace {
 

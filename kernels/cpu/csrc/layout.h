@@ -103,7 +103,15 @@ struct Kernels {
 
   // sums[g, k] = sum of values[j] over the columns j of group g with code k; overwrites.
   void (*bucket_sums)(const Layout& layout, const uint8_t* codes, const float* values, float* sums);
+
+  // y[t * y_stride] = the product of one row of a weight in bfloat16 with each token x [tokens, columns].
+  void (*dense_rows)(const uint16_t* row, int64_t columns, const float* x, int64_t tokens, float* y,
+                     int64_t y_stride);
 };
+
+const Kernels& kernels(int32_t level);
+// For so many products in all, of which a thread takes whole blocks.
+int threads_for(int64_t products, int64_t blocks);
 
 // Sums by code have no better way with AVX2.
 void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float* values,

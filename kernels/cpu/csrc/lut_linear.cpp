@@ -13,10 +13,26 @@
 #include "numbers.h"
 
 namespace spallm {
-namespace {
 
 // Below so many products a second thread costs more than it saves.
 constexpr int64_t kProductsPerThread = 1 << 19;
+
+const Kernels& kernels(int32_t level) {
+#if defined(__x86_64__)
+  static const Kernels* const kLevels[] = {&kScalar, &kAvx2, &kAvx512, &kAvx512Bfloat16};
+  return *kLevels[level];
+#else
+  (void)level;
+  return kScalar;
+#endif
+}
+
+int threads_for(int64_t products, int64_t blocks) {
+  const int64_t wanted = std::min(products / kProductsPerThread + 1, blocks);
+  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, omp_get_max_threads())));
+}
+
+namespace {
 
 // Memory that grows and is kept, aligned for full cache lines.
 class Scratch {
@@ -36,21 +52,6 @@ class Scratch {
   std::unique_ptr<char, Free> memory_;
   size_t size_ = 0;
 };
-
-const Kernels& kernels(int32_t level) {
-#if defined(__x86_64__)
-  static const Kernels* const kLevels[] = {&kScalar, &kAvx2, &kAvx512, &kAvx512Bfloat16};
-  return *kLevels[level];
-#else
-  (void)level;
-  return kScalar;
-#endif
-}
-
-int threads_for(int64_t products, int64_t row_blocks) {
-  const int64_t wanted = std::min(products / kProductsPerThread + 1, row_blocks);
-  return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, omp_get_max_threads())));
-}
 
 // Tokens of one slot go together, up to kMaxTokens of them; those that are alone with theirs share
 // batches of up to kMaxSlots, each with its own tables.

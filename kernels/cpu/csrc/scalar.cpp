@@ -2,6 +2,7 @@
 
 #include <vector>
 
+#include "dense.h"
 #include "layout.h"
 #include "numbers.h"
 
@@ -71,7 +72,7 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
 
 const Kernels kScalar = {
     1, nullptr, dot_float32, nullptr, nullptr, 1, decode<float, same>, decode<uint16_t, rounded>,
-    scalar_bucket_sums,
+    scalar_bucket_sums, dense_rows<16>,
 };
 
 }  // namespace spallm

@@ -19,6 +19,7 @@ int32_t spallm_cpu_integers(int32_t);
 int64_t spallm_lut_linear(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
                           const float*, int64_t, const char*, int32_t, int64_t, const int32_t*,
                           const char*, int32_t, char*, int32_t);
+void spallm_dense_linear(const uint16_t*, int64_t, int64_t, const float*, int64_t, float*, int32_t);
 void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t, char*,
                    int32_t, int32_t);
 void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
@@ -115,6 +116,21 @@ void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t token
   compare(layout, "integers", level, found.data(), wanted.data(), tokens * layout.rows, type, 0.3f);
 }
 
+// A weight kept in bfloat16; level 0 is the oracle.
+void exercise_dense(const Layout& layout, int64_t tokens) {
+  const Buffer weight = numbers(layout.rows * layout.columns, kBfloat16);
+  const Buffer x = numbers(tokens * layout.columns, kFloat32);
+  std::vector<Buffer> y;
+  for (int32_t level = 0; level <= spallm_cpu_level(); ++level) {
+    y.emplace_back(tokens * layout.rows * 4);
+    spallm_dense_linear(reinterpret_cast<const uint16_t*>(weight.data()), layout.rows,
+                        layout.columns, reinterpret_cast<const float*>(x.data()), tokens,
+                        reinterpret_cast<float*>(y.back().data()), level);
+    compare(layout, "dense_linear", level, y.back().data(), y[0].data(), tokens * layout.rows,
+            kFloat32, 1e-3f);
+  }
+}
+
 void exercise(const Layout& layout) {
   const int64_t entries = layout.groups * layout.entries();
   Buffer packed((1 + layout.rows) * layout.row_bytes());
@@ -162,6 +178,7 @@ void exercise(const Layout& layout) {
     for (const Type type : {kFloat32, kBfloat16, kFloat16})
       if (spallm_cpu_integers(level))
         exercise_integers(layout, codes, tokens, n_slots, slots.data(), type, level);
+  exercise_dense(layout, tokens);
   slots[tokens - 1] = static_cast<int32_t>(n_slots);
   if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits, nullptr, 0,
                         nullptr, n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=
