@@ -137,6 +137,20 @@ def holds_integers(device: str, dtype: torch.dtype) -> bool:
     return reason is None and not backend.rounds_tables(dtype)
 
 
+def keeps_bfloat16(device: str, dtype: torch.dtype, stored: torch.dtype) -> bool:
+    """Whether a dense weight stays as its checkpoint has it, for ``dense_linear``.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        dtype: of the activations.
+        stored: of the weight.
+    """
+    if device != "cpu" or (dtype, stored) != (torch.float32, torch.bfloat16):
+        return False
+    request = Request(device, dtype, bits=4, rows=4096, columns=4096, groups=1)
+    return isinstance(_choose(request)[0], CpuBackend)
+
+
 def backend_of(codes: Tensor) -> Backend:
     """The backend whose layout codes are in.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -87,6 +88,15 @@ class HeldTables:
         scales = self.scales.index_copy(0, rows, other.scales.to(self.scales.device))
         return type(self)(entries, scales)
 
+    @cached_property
+    def _alone(self) -> list[tuple[Tensor, Tensor | None]]:
+        """Each slot as if it were the only one: to make a view takes as long as a small product."""
+        with torch.inference_mode(False):  # or they could not take part in anything else later
+            return [
+                (self.entries[slot, None], None if self.scales is None else self.scales[slot, None])
+                for slot in range(len(self.entries))
+            ]
+
     def linear(
         self, x: Tensor, codes: Tensor, backend: Backend, slots: Tensor | None, only: int
     ) -> Tensor:
@@ -99,10 +109,9 @@ class HeldTables:
             slots: int32 ``[tokens]``, or None where all tokens use the same slot.
             only: that slot.
         """
-        entries = self.entries if slots is not None else self.entries[only, None]
-        if self.scales is not None:
+        entries, scales = (self.entries, self.scales) if slots is not None else self._alone[only]
+        if scales is not None:
             assert isinstance(backend, CpuBackend)
-            scales = self.scales if slots is not None else self.scales[only, None]
             return backend.integer_linear(x, codes, entries, scales, slots)
         if torch.compiler.is_compiling() or torch.is_grad_enabled():
             return lut_linear(x, codes, entries, slots)

@@ -24,7 +24,7 @@ _PLUGINS = f"spallm,{endpoints.NAME}"
 _BINDING = ("VLLM_CPU_OMP_THREADS_BIND", "VLLM_CPU_NUM_OF_RESERVED_CPU")
 _BFLOAT16_HINT = (
     "this processor has no bfloat16 instructions: -- --dtype float32 is faster, and takes twice "
-    "the memory for cached tokens and for weights that are not compressed"
+    "the memory for cached tokens and for linears that are not compressed"
 )
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.

@@ -8,9 +8,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 from vllm.config import VllmConfig
-from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
+from vllm.model_executor.layers.vocab_parallel_embedding import (
+    ParallelLMHead,
+    UnquantizedEmbeddingMethod,
+    VocabParallelEmbedding,
+)
 
-from spallm_serve.kernels.cpu.dense import dense_linear, keeps_bfloat16
+from spallm_serve.kernels.choice import keeps_bfloat16
+from spallm_serve.kernels.cpu.dense import dense_linear
+
+# Their models make other tensors in the dtype of the embedding's.
+_READING_THE_DTYPE = ("gemma3n",)
 
 
 class KeptEmbedding(UnquantizedEmbeddingMethod):  # type: ignore[misc]
@@ -57,10 +65,21 @@ class KeptEmbedding(UnquantizedEmbeddingMethod):  # type: ignore[misc]
         return F.embedding(input_, layer.weight).to(layer.spallm_dtype)
 
 
-def kept_embedding(vllm_config: VllmConfig) -> KeptEmbedding | None:
-    """How embeddings and heads that were left as they are are held; None leaves them to vLLM."""
+def kept_embedding(vllm_config: VllmConfig, layer: Any) -> KeptEmbedding | None:
+    """How an embedding or a head that was left as it is is held; None leaves it to vLLM.
+
+    Args:
+        vllm_config: of the model.
+        layer: an embedding or a head of vLLM's.
+    """
+    # Others, which scale what they find, and some models look at the weight's dtype.
+    if type(layer) not in (VocabParallelEmbedding, ParallelLMHead):
+        return None
     model = vllm_config.model_config
-    stored = getattr(model.hf_text_config, "dtype", None)
+    if model.hf_text_config.model_type.startswith(_READING_THE_DTYPE):
+        return None
+    configs = model.hf_text_config, model.hf_config
+    stored = next((found for each in configs if (found := getattr(each, "dtype", None))), None)
     device = vllm_config.device_config.device_type
     if isinstance(stored, torch.dtype) and keeps_bfloat16(device, model.dtype, stored):
         return KeptEmbedding()

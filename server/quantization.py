@@ -105,13 +105,15 @@ class SpallmQuantization(QuantizationConfig):  # type: ignore[misc]
         if isinstance(layer, LinearBase):
             return UnquantizedLinearMethod() if left else SpallmLinear(self, names)
         if isinstance(layer, ParallelLMHead):
-            return kept_embedding(get_current_vllm_config()) if left else SpallmHead(self, names)
+            if not left:
+                return SpallmHead(self, names)
+            return kept_embedding(get_current_vllm_config(), layer)
         # Some models, Llama among them, do not say where their token embedding is.
         embeddings = self.sketch.embeddings
         if isinstance(layer, VocabParallelEmbedding):
             if embeddings and (prefix in embeddings or not prefix):
                 return SpallmEmbedding()
-            return kept_embedding(get_current_vllm_config())
+            return kept_embedding(get_current_vllm_config(), layer)
         return None
 
     def leaves(self, name: str) -> bool:

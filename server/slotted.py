@@ -12,8 +12,8 @@ from torch.nn import functional as F
 
 from spallm_serve.kernels import prepare_codes
 from spallm_serve.kernels.backend import Backend
-from spallm_serve.kernels.choice import backend_of
-from spallm_serve.kernels.cpu.dense import dense_linear, keeps_bfloat16
+from spallm_serve.kernels.choice import backend_of, keeps_bfloat16
+from spallm_serve.kernels.cpu.dense import dense_linear
 from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.server.additions import Addition
 
@@ -213,14 +213,15 @@ class SlottedLinear:
 
     def __call__(self, x: Tensor, bias: Tensor | None, step: StepSlots) -> Tensor:
         """``x [..., in] -> [..., out]``, each token by the tables of its slot."""
-        flat = x.reshape(-1, x.shape[-1]).contiguous()
+        flat = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        flat = flat.contiguous()
         slots = step.first(len(flat))
         outputs = [segment.product(flat, slots, step.only) for segment in self._segments]
         y = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=-1)
         if bias is not None:
             y = y + bias
         self._add(y, flat, step)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], y.shape[-1])
 
     @property
     def rows(self) -> int:
@@ -287,7 +288,7 @@ def _segment(
     weights = [linear.weight for linear in linears if isinstance(linear, Dense)]
     if weights:
         weight = torch.cat(weights)
-        kept = keeps_bfloat16(weight.device, dtype, weight.dtype)
+        kept = keeps_bfloat16(weight.device.type, dtype, weight.dtype)
         return _DenseSegment(weight if kept else weight.to(dtype))
     sketches = [linear for linear in linears if isinstance(linear, Sketched)]
     planes = torch.cat([linear.planes for linear in sketches], dim=1)

@@ -151,7 +151,7 @@ class CpuBackend:
     ) -> Tensor:
         """As :meth:`lut_linear` with tables as integers, and without a bias.
 
-        The BLAS has no part in it, whatever the number of tokens: these products are faster.
+        The BLAS has no part in it, whatever the number of tokens.
 
         Args:
             x, codes, slots: as there.
@@ -162,9 +162,11 @@ class CpuBackend:
             ValueError: a slot without tables; an unsupported dtype; no instructions for it.
         """
         check_types(x, scales, None, _TYPES)
-        if x.shape[0] > _INTEGER_TOKENS:  # before any is done; for fewer the kernel does it
-            check_slots_in_range(slots, values.shape[0])
         y = x.new_empty(x.shape[0], self.rows(codes))
+        if x.shape[0] <= _INTEGER_TOKENS:
+            self._multiply(x, codes, values, scales, slots, None, y)
+            return y
+        check_slots_in_range(slots, values.shape[0])  # before any is done
         for start in range(0, x.shape[0], _INTEGER_TOKENS):
             some = slice(start, start + _INTEGER_TOKENS)
             theirs = None if slots is None else slots[some]

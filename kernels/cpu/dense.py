@@ -7,12 +7,14 @@ memory would go into zeros.
 
 from __future__ import annotations
 
+import os
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from spallm_serve.kernels.cpu.backend import INVARIANT_VARIABLE
 from spallm_serve.kernels.cpu.library import best_level, library
-from spallm_serve.kernels.native import NativeLibraryError
 
 # From so many tokens on a product is bound by arithmetic, and the BLAS on parts of the weight in
 # float32 is faster.
@@ -20,29 +22,11 @@ _BLAS_TOKENS = 64
 _PART_WEIGHTS = 4 << 20
 
 
-def keeps_bfloat16(device: torch.device | str, dtype: torch.dtype, stored: torch.dtype) -> bool:
-    """Whether a dense weight stays as it is stored.
-
-    Args:
-        device: where it will be.
-        dtype: of the activations.
-        stored: of the weight in its checkpoint.
-    """
-    if torch.device(device).type != "cpu":
-        return False
-    if (dtype, stored) != (torch.float32, torch.bfloat16):
-        return False
-    try:
-        library()
-    except NativeLibraryError:
-        return False
-    return True
-
-
 def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
     """``x weight^T`` in float32.
 
-    Of fewer than 64 tokens each has the same output to the bit whatever others there are.
+    Of fewer than 64 tokens, or with ``SPALLM_BATCH_INVARIANT=1``, each has the same output to the
+    bit whatever others there are.
 
     Args:
         x: float32 ``[tokens, in]``.
@@ -65,7 +49,7 @@ def dense_linear(x: Tensor, weight: Tensor) -> Tensor:
         raise ValueError(f"weight: expected contiguous memory, got strides {weight.stride()}")
     x = x.contiguous()
     y = x.new_empty(len(x), len(weight))
-    if len(x) < _BLAS_TOKENS:
+    if len(x) < _BLAS_TOKENS or os.environ.get(INVARIANT_VARIABLE) == "1":
         library().spallm_dense_linear(
             weight.data_ptr(), *weight.shape, x.data_ptr(), len(x), y.data_ptr(), best_level()
         )

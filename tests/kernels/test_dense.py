@@ -7,10 +7,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from spallm_serve.kernels.choice import FORCE_VARIABLE, keeps_bfloat16
 from spallm_serve.kernels.cpu import dense
-from spallm_serve.kernels.cpu.dense import dense_linear, keeps_bfloat16
+from spallm_serve.kernels.cpu.backend import INVARIANT_VARIABLE
+from spallm_serve.kernels.cpu.dense import dense_linear
 from spallm_serve.kernels.cpu.library import LEVELS, best_level
-from spallm_serve.kernels.native import NativeLibraryError
 
 native = pytest.mark.skipif(
     not keeps_bfloat16("cpu", torch.float32, torch.bfloat16), reason="no compiled kernels"
@@ -46,10 +47,16 @@ def test_products_are_those_of_the_same_weight_in_float64(
 
 
 @native
-def test_a_token_has_the_same_product_whatever_others_there_are() -> None:
-    x, weight = random(63, 40, 150, 0)
+@pytest.mark.parametrize("level", range(len(LEVELS)))
+@pytest.mark.parametrize("columns", [5, 64, 150, 577])
+def test_a_token_has_the_same_product_whatever_others_there_are(
+    columns: int, level: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense, "best_level", lambda: min(level, best_level()))
+    monkeypatch.setenv(INVARIANT_VARIABLE, "1")
+    x, weight = random(67, 40, columns, 0)
     together = dense_linear(x, weight)
-    for token in range(63):
+    for token in range(67):
         assert torch.equal(dense_linear(x[token : token + 1], weight)[0], together[token])
 
 
@@ -73,17 +80,12 @@ def test_what_does_not_belong_together_is_refused() -> None:
         dense_linear(x[:, ::2], weight[:, ::2])
 
 
+@native
 def test_only_bfloat16_beside_float32_on_a_cpu_with_kernels_is_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(dense, "library", lambda: None)
-    assert keeps_bfloat16("cpu", torch.float32, torch.bfloat16)
     assert not keeps_bfloat16("cpu", torch.bfloat16, torch.bfloat16)
     assert not keeps_bfloat16("cpu", torch.float32, torch.float16)
     assert not keeps_bfloat16("cuda", torch.float32, torch.bfloat16)
-
-    def none() -> None:
-        raise NativeLibraryError("not built")
-
-    monkeypatch.setattr(dense, "library", none)
+    monkeypatch.setenv(FORCE_VARIABLE, "reference")
     assert not keeps_bfloat16("cpu", torch.float32, torch.bfloat16)

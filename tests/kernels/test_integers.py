@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spallm_serve.kernels import choice, prepare_codes
+from spallm_serve.kernels.backend import Request
 from spallm_serve.kernels.choice import FORCE_VARIABLE, holds_integers
 from spallm_serve.kernels.cpu import integers
 from spallm_serve.kernels.cpu.backend import BLAS_TOKENS, CpuBackend
@@ -23,17 +24,18 @@ from spallm_serve.kernels.cpu.integers import (
     to_integers,
     why_no_integers,
 )
-from spallm_serve.kernels.cpu.library import LEVELS, best_level, library
+from spallm_serve.kernels.cpu.library import LEVELS
 from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.kernels.packing import pack_codes
 
-able = pytest.mark.skipif(why_no_integers() is not None, reason=str(why_no_integers()))
 # Instructions that this processor has, and products of integers with them.
-_LEVELS = [
-    level
-    for number, level in enumerate(LEVELS)
-    if number <= best_level() and library().spallm_cpu_integers(number)
-]
+_LEVELS = [level for number, level in enumerate(LEVELS) if why_no_integers(number) is None]
+some = pytest.mark.skipif(not _LEVELS, reason=str(why_no_integers()))
+best = pytest.mark.skipif(why_no_integers() is not None, reason=str(why_no_integers()))
+native = pytest.mark.skipif(
+    CpuBackend("scalar").why_not(Request("cpu", torch.float32, 4, 8, 8, 1)) is not None,
+    reason="no compiled kernels",
+)
 _STEP = 32
 # Steps that a chunk of codes covers, where they fill it.
 _BLOCK_STEPS = {2: 8, 3: 16, 4: 4}
@@ -126,13 +128,13 @@ def test_rows_that_hold_no_numbers_are_none_and_others_are() -> None:
     assert from_integers(values, scales)[0].tolist() == tables[0].tolist()
 
 
-@able
+@some
 @settings(max_examples=150, deadline=None)
 @given(
     st.sampled_from(_LEVELS or [""]),
     st.sampled_from([2, 3, 4]),
     st.integers(1, 3),
-    st.one_of(st.integers(1, 40), st.sampled_from([64, 300, 1024])),
+    st.one_of(st.integers(1, 40), st.sampled_from([64, 300, 1024, 2500])),
     st.integers(1, 20),
     st.lists(st.integers(0, 4), min_size=1, max_size=20),
     st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
@@ -216,7 +218,7 @@ def test_activations_that_are_no_numbers_or_nothing(level: str) -> None:
     assert (y[7].isfinite() <= ~wrong).all()
 
 
-@able
+@best
 def test_a_token_of_a_long_prompt_has_the_product_that_it_has_alone() -> None:
     """In float32 those go to the BLAS, whose sums depend on their number."""
     codes, tables = layer(40, 256, 4, 1, 3, 0)
@@ -230,7 +232,7 @@ def test_a_token_of_a_long_prompt_has_the_product_that_it_has_alone() -> None:
     assert torch.equal(y[1:2], alone)
 
 
-@able
+@best
 def test_what_does_not_belong_together_is_refused() -> None:
     codes, tables = layer(4, 64, 4, 1, 2, 0)
     x = torch.zeros(3, 64)
@@ -247,7 +249,7 @@ def test_what_does_not_belong_together_is_refused() -> None:
         CpuBackend().integer_linear(x.double(), packed, *to_integers(tables), None)
 
 
-@able
+@best
 def test_held_tables_are_integers_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     _, tables = layer(6, 32, 3, 2, 1, 0)
     monkeypatch.setenv(INTEGERS_VARIABLE, "1")
@@ -274,6 +276,7 @@ def test_held_tables_are_integers_where_it_is_asked_for(monkeypatch: pytest.Monk
         holds_integers("cpu", torch.float32)
 
 
+@native
 @pytest.mark.parametrize("rounds", [False, True])
 @pytest.mark.parametrize("faster", [False, True])
 def test_integers_are_held_where_they_are_multiplied_faster(
@@ -288,6 +291,7 @@ def test_integers_are_held_where_they_are_multiplied_faster(
     assert not holds_integers("cpu", torch.bfloat16)
 
 
+@native
 def test_a_processor_without_instructions_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
     none = SimpleNamespace(spallm_cpu_integers=lambda level: ctypes.c_int32(0).value)
     monkeypatch.setattr(integers, "library", lambda: none)
@@ -301,6 +305,7 @@ def test_a_processor_without_instructions_is_told_of(monkeypatch: pytest.MonkeyP
         holds_integers("cpu", torch.float32)
 
 
+@native
 def test_instructions_without_products_of_integers_are_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

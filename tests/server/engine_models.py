@@ -164,3 +164,12 @@ def greedy(model: PreTrainedModel, prompt: list[int], tokens: int) -> list[int]:
     )
     answer: list[int] = found[0, len(prompt) :].tolist()
     return answer
+
+
+@torch.no_grad()
+def shortfall(model: PreTrainedModel, prompt: list[int], answer: list[int]) -> float:
+    """By how much the logit of an answer's token falls short of the likeliest one's at most."""
+    ids = torch.tensor([prompt + answer])
+    logits = model(ids).logits[0, len(prompt) - 1 : -1]
+    chosen = logits.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    return float((logits.amax(1) - chosen).max())

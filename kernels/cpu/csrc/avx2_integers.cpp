@@ -156,23 +156,44 @@ struct Integers {
   }
 };
 
+// A whole block in the order in which it is multiplied.
+template <int Bits>
+INLINE void order_block(const float* x, float* out) {
+  if constexpr (Bits == 2) {
+    for (int i = 0; i < kBlockSteps<Bits> * kStep; ++i) out[i] = x[kOrder<Bits, true>[i]];
+  } else {
+    // The lanes of two steps alternate, see unit_column and unpacked_byte.
+    constexpr int kPart = Bits == 4 ? kStep : 2 * kStep, kOther = Bits == 4 ? 2 * kStep : kStep;
+    for (int unit = 0; unit < kBlockSteps<Bits>; ++unit, out += kStep) {
+      const float* lanes = x + unit / 2 * kPart + unit % 2 * kStep / 2;
+      for (int four = 0; four < 4; ++four) {
+        const __m128 first = _mm_loadu_ps(lanes + 4 * four);
+        const __m128 second = _mm_loadu_ps(lanes + kOther + 4 * four);
+        float* at = out + (four == 1 ? 16 : four == 2 ? 8 : 8 * four);
+        _mm_storeu_ps(at, _mm_unpacklo_ps(first, second));
+        _mm_storeu_ps(at + 4, _mm_unpackhi_ps(first, second));
+      }
+    }
+  }
+}
+
 // One group of a token's activations in the order in which they are multiplied; zeros for what fills
 // up its last steps.
 template <int Bits>
 void order_group(const char* x, Type type, int64_t first, int64_t width, int64_t padded_width,
                  float* out) {
   constexpr int kColumns = kBlockSteps<Bits> * kStep;
+  const int64_t filled = (width + kStep - 1) / kStep * kStep;
   for (int64_t start = 0; start < padded_width; start += kColumns, out += kColumns) {
-    if ((width + kStep - 1) / kStep * kStep - start >= kColumns) {
-      for (int i = 0; i < kColumns; ++i) {
-        const int64_t column = start + kOrder<Bits, true>[i];
-        out[i] = column < width ? load(x, first + column, type) : 0.0f;
-      }
-    } else {
-      for (int i = 0; i < static_cast<int>(padded_width - start); ++i) {
-        const int64_t column = start + kOrder<Bits, false>[i];
-        out[i] = column < width ? load(x, first + column, type) : 0.0f;
-      }
+    if (type == kFloat32 && start + kColumns <= width) {
+      order_block<Bits>(reinterpret_cast<const float*>(x) + first + start, out);
+      continue;
+    }
+    const bool whole = filled - start >= kColumns;
+    const int64_t count = whole ? kColumns : padded_width - start;
+    for (int64_t i = 0; i < count; ++i) {
+      const int64_t column = start + (whole ? kOrder<Bits, true>[i] : kOrder<Bits, false>[i]);
+      out[i] = column < width ? load(x, first + column, type) : 0.0f;
     }
   }
 }
