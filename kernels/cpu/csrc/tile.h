@@ -174,6 +174,10 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
         const int64_t ahead_bytes = (stop - step + kSteps - 1) / kSteps * kBlockBytes;
         for (int r = 0; r < Rows; ++r, ahead += row_bytes)
           for (int64_t at = 0; at < ahead_bytes; at += kChunk) __builtin_prefetch(ahead + at);
+        if (!OneSlot)  // of one slot they are read once for all tokens, of several as often as codes
+          for (int t = 0; t < Sums::kTables; ++t)
+            for (int r = 0; r < Rows; ++r)
+              __builtin_prefetch(tables[t] + ((row + rows + r) * groups + g) * table_bytes);
         for (; step + kSteps <= stop; step += kSteps, chunk += kBlockBytes)
           tile.template multiply_block<true>(chunk, row_bytes, x, (g * padded_steps + step) * kStep,
                                              kSteps, kEach);
