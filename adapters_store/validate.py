@@ -32,7 +32,7 @@ from spallm_serve.adapters_store.manifest import BaseManifest
 from spallm_serve.adapters_store.tensor_header import TensorHeader, read_header
 from spallm_serve.adapters_store.untrusted_json import parse_json
 from spallm_serve.errors import UserError
-from spallm_serve.precision import all_finite
+from spallm_serve.precision import first_not_finite
 
 _CONFIG_DEPTH = 8
 # Fields that PEFT writes and that change nothing here. What is not known is refused: the next
@@ -79,8 +79,6 @@ _HARMLESS = frozenset(
         "velora_config",
     ]
 )
-# Values checked at a time for being finite: bounds the memory that takes.
-_STRETCH = 1 << 20
 _LONGEST_MESSAGE = 500
 
 
@@ -143,8 +141,9 @@ def check_upload(
         adapter = Adapter(config, tensors)
         check_structure(adapter)
         check_fit(adapter, manifest, limits.max_rank)
-        for name, tensor in tensors.items():
-            _check_finite(name, tensor)
+        name = first_not_finite(tensors)
+        if name is not None:
+            raise RejectedError(f"{name} holds NaN or Inf; was training unstable?")
     except UserError as error:
         raise RejectedError(_one_line(str(error))) from error
     return Checked(
@@ -202,14 +201,6 @@ def _map_tensors(path: Path, headers: list[TensorHeader]) -> dict[str, Tensor]:
         if tuple(tensors[header.name].shape) != header.shape:
             raise RejectedError("the tensors' header can be read in two ways")
     return tensors
-
-
-def _check_finite(name: str, tensor: Tensor) -> None:
-    if not tensor.is_floating_point():
-        return
-    for stretch in tensor.flatten().split(_STRETCH):
-        if not all_finite(stretch):
-            raise RejectedError(f"{name} holds NaN or Inf; was training unstable?")
 
 
 def _canonical(adapter: Adapter) -> dict[str, Any]:

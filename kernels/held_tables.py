@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Self
@@ -12,7 +13,7 @@ from torch import Tensor
 from spallm_serve.kernels.backend import Backend
 from spallm_serve.kernels.choice import holds_integers, rounds_tables
 from spallm_serve.kernels.cpu.backend import CpuBackend
-from spallm_serve.kernels.cpu.integers import to_integers
+from spallm_serve.kernels.cpu.integers import to_integers, to_integers_together
 from spallm_serve.kernels.dispatch import lut_linear
 
 
@@ -56,6 +57,13 @@ class HeldTables:
         if self.scales is not None:
             return type(self)(*to_integers(tables))
         return type(self)(tables.to(self.entries.dtype))
+
+    def alike_together(self, tables: Sequence[Tensor]) -> list[Self]:
+        """What :meth:`alike` gives for each of several ``[out, groups, 2**bits]`` of one shape but
+        for their rows; in a few calls for all."""
+        if self.scales is not None:
+            return [type(self)(*each) for each in to_integers_together(tables)]
+        return [self.alike(each) for each in tables]
 
     @property
     def nbytes(self) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -67,6 +68,14 @@ class ServedLayers:
         """What the tables of one slot take."""
         return sum(layer.slot_bytes for layer in self.layers.values())
 
+    @cached_property
+    def base_tables(self) -> Mapping[str, HeldTables]:
+        """The base's, by the names of the linears; the layers' own memory."""
+        return {
+            name: self.layers[place.layer].base_tables(self.layers[place.layer].parts[place.number])
+            for name, place in self.places.items()
+        }
+
 
 @dataclass(frozen=True)
 class HostAdapter:
@@ -122,22 +131,25 @@ def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> 
 def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, HeldTables]]:
     if not isinstance(adapter.config, LutConfig):
         return
-    for name, tensor in adapter.tensors.items():
-        if not name.endswith(TABLES):
-            continue
-        module = name.removesuffix(TABLES)
-        place, base = _place(module, served), _base_tables(module, served)
-        rows = adapter.tensors.get(module + ROWS)
+    # Those of one shape but for their rows: they are brought into their form together.
+    whole: dict[torch.Size, dict[str, Tensor]] = {}
+    for module in adapter.modules(TABLES):
+        name = module + TABLES
+        tensor, rows = adapter.tensors[name], adapter.tensors.get(module + ROWS)
+        place, base = _place(module, served), served.base_tables[module]
         entries = base.entries.shape[-1]
         if tensor.shape[-1] != entries:
             raise UserError(f"{name}: {tensor.shape[-1]} entries, the base's have {entries}")
-        if rows is None:
-            _expect(name, tensor.shape[0], place.all_rows, "rows")
-            own = base.alike(place.shard.tables(tensor).contiguous())
-        else:
-            own = _with_rows(name, tensor, rows, place, base)
-        _expect(name, list(own.entries.shape), list(base.entries.shape), "shape")
-        yield module, own
+        if rows is not None:
+            yield module, _with_rows(name, tensor, rows, place, base)
+            continue
+        _expect(name, tensor.shape[0], place.all_rows, "rows")
+        own = place.shard.tables(tensor)
+        _expect(name, list(own.shape), list(base.entries.shape), "shape")
+        whole.setdefault(own.shape[1:], {})[module] = own
+    for alike in whole.values():
+        form = served.base_tables[next(iter(alike))]
+        yield from zip(alike, form.alike_together([*alike.values()]), strict=True)
 
 
 def _norms(
@@ -200,12 +212,6 @@ def _place(name: str, served: ServedLayers) -> Place:
     if name not in served.places:
         raise UserError(f"{name}: the base has no such compressed layer")
     return served.places[name]
-
-
-def _base_tables(name: str, served: ServedLayers) -> HeldTables:
-    place = served.places[name]
-    layer = served.layers[place.layer]
-    return layer.base_tables(layer.parts[place.number])
 
 
 def _expect(name: str, found: object, expected: object, what: str) -> None:

@@ -7,7 +7,8 @@ import shutil
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
+from torch import Tensor
 
 from spallm_serve.adapter import (
     Adapter,
@@ -17,13 +18,14 @@ from spallm_serve.adapter import (
 )
 from spallm_serve.adapter_structure import check_structure
 from spallm_serve.errors import UserError
-from spallm_serve.precision import all_finite
+from spallm_serve.precision import first_not_finite
 
 CONFIG_FILE = "adapter_config.json"
 TENSOR_FILE = "adapter_model.safetensors"
 # All is read into memory. Tables of every row of a 70B model, 4 bits and 8 groups, take 1.7 GB.
 MAX_TENSOR_BYTES = 8 << 30
 _MAX_CONFIG_BYTES = 1 << 20
+_READ_AT_ONCE = 256 << 20
 
 
 def write_adapter(adapter: Adapter, directory: Path) -> None:
@@ -76,23 +78,33 @@ def read_adapter(directory: Path, base_digest: str | None = None) -> Adapter:
     try:
         if path.stat().st_size > MAX_TENSOR_BYTES:
             raise UserError(f"{path}: larger than {MAX_TENSOR_BYTES >> 30} GiB, no adapter is")
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
+        tensors = _read_tensors(path)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file (only safetensors are read)") from error
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: damaged or truncated ({error})") from error
+    except KeyError as error:  # a dtype that safetensors knows and torch does not
+        raise UserError(f"{path}: no adapter is made of {error}") from error
     if not tensors:
         raise UserError(f"{path}: holds no tensor")
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not all_finite(tensor):
-            raise UserError(f"{path}: {name} holds NaN or Inf")
     adapter = Adapter(config, tensors)
     try:
         check_structure(adapter)
     except UserError as error:
         raise UserError(f"{directory}: {error}") from error
+    name = first_not_finite(tensors)
+    if name is not None:
+        raise UserError(f"{path}: {name} holds NaN or Inf")
     return adapter
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    """All tensors of a file, in memory of their own, in the order of their names."""
+    if path.stat().st_size <= _READ_AT_ONCE:
+        return dict(sorted(load(path.read_bytes()).items()))
+    # Of a large one not twice as much; but this takes safetensors a tenth of a millisecond each.
+    with safe_open(path, framework="pt") as file:
+        return {name: file.get_tensor(name).clone() for name in sorted(file.keys())}
 
 
 def read_adapter_config(directory: Path) -> AdapterConfig:

@@ -21,6 +21,8 @@ from spallm_serve.checkpoint import TABLES
 from spallm_serve.errors import UserError
 from spallm_serve.kernels.packing import SUPPORTED_BITS
 
+_TRAINED_IN = (torch.float16, torch.bfloat16, torch.float32)
+
 
 def check_structure(adapter: Adapter) -> None:
     """Refuse an adapter that does not hold exactly what its kind needs, in the format's dtypes.
@@ -102,10 +104,11 @@ def _check_pairs(adapter: Adapter, first: str, second: str) -> None:
 
 
 def _expect(name: str, tensor: Tensor, dtype: torch.dtype | None, dimensions: int) -> None:
-    """Of this many dimensions, none of them zero; None stands for any floating point type."""
-    right = tensor.is_floating_point() if dtype is None else tensor.dtype == dtype
+    """Of this many dimensions, none of them zero; None stands for what LoRAs are trained in."""
+    right = tensor.dtype in _TRAINED_IN if dtype is None else tensor.dtype == dtype
     if not right or tensor.dim() != dimensions or not tensor.numel():
-        wanted = "floating point" if dtype is None else str(dtype).removeprefix("torch.")
+        names = _TRAINED_IN if dtype is None else (dtype,)
+        wanted = " or ".join(str(each).removeprefix("torch.") for each in names)
         found = str(tensor.dtype).removeprefix("torch.")
         raise UserError(
             f"{name}: expected {wanted} of {dimensions} dimensions, got {found} "

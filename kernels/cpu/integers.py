@@ -7,6 +7,7 @@ no sum of 32 bits overflows; so those are exact.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -18,25 +19,46 @@ from spallm_serve.kernels.native import NativeLibraryError
 INTEGERS_VARIABLE = "SPALLM_CPU_INTEGERS"
 # The largest entry of a row (kLargestEntry in csrc/integers.h).
 LARGEST_ENTRY = 4096
+# Entries at a time: their float32 stays in the cache, and is not new memory each time.
+_PART = 1 << 14
 
 
 def to_integers(tables: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest entries that are whole multiples of a row's scale.
 
+    One call and not a dozen of torch's: adapters are read beside an engine that decodes, and each
+    call may have to wait for the interpreter, or have the engine wait for it.
+
     Args:
-        tables: floating point ``[..., out, groups, 2**bits]``.
+        tables: floating point ``[..., out, groups, 2**bits]``, on the CPU.
 
     Returns:
         int16 of the same shape, in each row up to :data:`LARGEST_ENTRY` in size; and the scales,
         float32 ``[..., out]``. A row with an entry that is no number has a scale that is none.
     """
-    values = tables.float()
-    scales = values.abs().amax((-2, -1)) / LARGEST_ENTRY
-    usable = scales > torch.finfo(torch.float32).tiny
-    inverse = torch.where(usable, scales.reciprocal(), 0.0)
-    whole = (values * inverse[..., None, None]).round_().nan_to_num_(0.0)
-    kept = torch.where(usable | scales.isnan(), scales, 0.0)
-    return whole.to(torch.int16), kept
+    whole = torch.empty(tables.shape, dtype=torch.int16)
+    scales = torch.empty(tables.shape[:-2])
+    entries = tables.shape[-2:].numel()
+    rows = max(1, _PART // entries)
+    parts = tables.contiguous().view(-1, entries).split(rows)
+    into = whole.view(-1, entries).split(rows), scales.view(-1).split(rows)
+    for part, whole_part, its_scales in zip(parts, *into, strict=True):
+        values = part.float()
+        library().spallm_tables_to_integers(
+            values.data_ptr(), len(values), entries, whole_part.data_ptr(), its_scales.data_ptr()
+        )
+    return whole, scales
+
+
+def to_integers_together(tables: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """What :func:`to_integers` gives for each, in memory that all share.
+
+    Args:
+        tables: ``[out, groups, 2**bits]`` each, with the same groups and bits.
+    """
+    rows = [len(each) for each in tables]
+    whole, scales = to_integers(torch.cat([*tables]))
+    return [*zip(whole.split(rows), scales.split(rows), strict=True)]
 
 
 def from_integers(values: Tensor, scales: Tensor) -> Tensor:

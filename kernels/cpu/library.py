@@ -15,6 +15,8 @@ _CODES = (_POINTER, _I64, _I64, _I64, _I32)  # codes, rows, columns, groups, bit
 _FUNCTIONS = {
     "spallm_cpu_level": (_I32, ()),
     "spallm_cpu_integers": (_I32, (_I32,)),  # level
+    # tables, rows, entries of a row; integers, scales
+    "spallm_tables_to_integers": (None, (_POINTER, _I64, _I64, _POINTER, _POINTER)),
     # tables, type, scales, slots; x, type, tokens; slots; bias, type; y; level
     "spallm_lut_linear": (
         _I64,

@@ -22,6 +22,7 @@ from spallm_serve.kernels.cpu.integers import (
     LARGEST_ENTRY,
     from_integers,
     to_integers,
+    to_integers_together,
     why_no_integers,
 )
 from spallm_serve.kernels.cpu.library import LEVELS
@@ -116,6 +117,35 @@ def test_entries_are_the_nearest_multiples_of_a_rows_scale(
     wrong = (from_integers(values, scales).double() - tables.double()).abs()
     # Half a unit, and what float32 rounds.
     assert (wrong <= 0.501 * scales.double()[..., None, None]).all()
+
+
+@given(
+    st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
+    st.sampled_from([(70, 1, 16), (3, 2, 8), (5, 7, 4)]),
+    st.sampled_from([-40, -20, 0, 10, 60]),
+    st.integers(0, 10**6),
+)
+def test_integers_are_those_of_the_formula(
+    dtype: torch.dtype, shape: tuple[int, ...], exponent: int, seed: int
+) -> None:
+    """To the bit, of what torch computes one operation after another."""
+    tables = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
+    tables = tables.to(dtype)
+    tables[0, 0, 0], tables[1, 0, 0], tables[2, 0, 0] = torch.nan, -torch.inf, 0
+    expected = tables.float().abs().amax((-2, -1)) / LARGEST_ENTRY
+    usable = (expected > torch.finfo(torch.float32).tiny) & expected.isfinite()
+    inverse = torch.where(usable, expected.reciprocal(), 0.0)[:, None, None]
+    values, scales = to_integers(tables)
+    assert values.equal((tables.float() * inverse).round().nan_to_num(0.0).short())
+    kept = torch.where(usable | ~expected.isfinite(), expected, 0.0)
+    assert torch.allclose(scales, kept, rtol=0, atol=0, equal_nan=True)
+
+
+def test_several_become_integers_as_each_does_alone() -> None:
+    several = [torch.randn(rows, 2, 8).half() for rows in (3, 1, 6)]
+    for tables, (values, scales) in zip(several, to_integers_together(several), strict=True):
+        alone = to_integers(tables)
+        assert values.equal(alone[0]) and scales.equal(alone[1])
 
 
 def test_rows_that_hold_no_numbers_are_none_and_others_are() -> None:

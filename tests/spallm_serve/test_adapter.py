@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -194,12 +195,17 @@ def damaged(directory: Path, kind: str) -> None:
             save_file({}, path)
         case "not finite":
             save_file({"a.tables": torch.tensor([[[0.0, 1, torch.inf, 2]]]).half()}, path)
+        case _:
+            header = {"a.tables": {"dtype": kind, "shape": [1, 1, 4], "data_offsets": [0, 4]}}
+            written = json.dumps(header).encode()
+            path.write_bytes(struct.pack("<Q", len(written)) + written + bytes(4))
 
 
 @pytest.mark.parametrize(
     "kind",
     ["no configuration", "configuration is no JSON", "configuration nested deep",
-     "huge configuration", "no tensors", "truncated", "no safetensors", "empty", "not finite"],
+     "huge configuration", "no tensors", "truncated", "no safetensors", "empty", "not finite",
+     "F8_E4M3", "F8_E8M0", "F6_E2M3", "I7"],
 )  # fmt: skip
 def test_damaged_directories(kind: str, tmp_path: Path) -> None:
     write_adapter(lut_adapter(), tmp_path / "adapter")

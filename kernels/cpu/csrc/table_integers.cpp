@@ -1,0 +1,50 @@
+// Tables as 16-bit integers: one scale for each row, see kernels/cpu/integers.py.
+
+#include <cfloat>
+#include <cmath>
+
+#include "integers.h"
+#include "layout.h"
+#include "numbers.h"
+
+namespace spallm {
+namespace {
+
+// Added to what is smaller than 2^22 and taken away again, it leaves the nearest integer, of two the
+// even one.
+constexpr float kRound = 0x1.8p23f;
+
+// The scale of a row.
+float row_to_integers(const float* row, int64_t entries, int16_t* integers) {
+  // Without their signs numbers are ordered as the integers of the same bits, with what is no number
+  // behind all others.
+  int32_t most = 0;
+  for (int64_t k = 0; k < entries; ++k) {
+    const int32_t size = static_cast<int32_t>(float_to_bits(row[k]) & 0x7fffffffu);
+    most = size > most ? size : most;
+  }
+  const float scale = bits_to_float(static_cast<uint32_t>(most)) / kLargestEntry;
+  // The inverse of what is smaller would be infinite; nor does one of what is no number help.
+  const bool usable = scale > FLT_MIN && scale < INFINITY;
+  const float inverse = usable ? 1.0f / scale : 0.0f;
+  for (int64_t k = 0; k < entries; ++k) {
+    const float whole = row[k] * inverse + kRound - kRound;
+    integers[k] = usable ? static_cast<int16_t>(whole) : 0;
+  }
+  return scale <= FLT_MIN ? 0.0f : scale;
+}
+
+}  // namespace
+}  // namespace spallm
+
+#pragma GCC visibility push(default)
+extern "C" {
+
+void spallm_tables_to_integers(const float* tables, int64_t rows, int64_t entries,
+                               int16_t* integers, float* scales) {
+  for (int64_t r = 0; r < rows; ++r)
+    scales[r] = spallm::row_to_integers(tables + r * entries, entries, integers + r * entries);
+}
+
+}  // extern "C"
+#pragma GCC visibility pop
