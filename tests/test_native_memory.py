@@ -11,8 +11,15 @@ import pytest
 
 from spallm_serve import compressor
 from spallm_serve.kernels import cpu
+from spallm_serve.kernels.cpu.library import LEVELS, best_level
 
 TESTS = Path(__file__).parent
+
+
+def is_above(source: Path, level: int) -> bool:
+    """Whether a file is of instructions that come behind a level."""
+    name = source.stem.split("_")[0]
+    return name in LEVELS and LEVELS.index(name) > level
 
 
 @pytest.mark.parametrize(
@@ -31,11 +38,17 @@ def test_native_code_stays_inside_its_buffers(
         pytest.skip("no C++ compiler")
     sources = Path(str(package.__file__)).parent / "csrc"
     built = tmp_path / "exercise"
+    both = [compiler, "-O0", "-std=c++17", "-fopenmp", "-DSPALLM_ONE_LEVEL",
+            "-DSPALLM_SMALL_TILES", "-Wno-psabi", f"-I{sources}"]  # fmt: skip
+    # What this processor cannot run is only linked: instrumented, it would take minutes to compile.
+    unused = [source for source in sources.glob("*.cpp") if is_above(source, best_level())]
+    objects = [tmp_path / f"{source.stem}.o" for source in unused]
+    for source, made in zip(unused, objects, strict=True):
+        subprocess.run([*both, "-c", str(source), "-o", str(made)], check=True)
+    used = sorted(set(sources.glob("*.cpp")).difference(unused))
     command = [
-        compiler, "-O0", "-g1", "-std=c++17", "-fopenmp", "-fno-sanitize-recover=all",
-        "-fsanitize=address,undefined", "-DSPALLM_ONE_LEVEL", "-DSPALLM_SMALL_TILES",
-        "-Wno-psabi", f"-I{sources}",
-        str(program), *map(str, sorted(sources.glob("*.cpp"))), "-o", str(built),
+        *both, "-g1", "-fno-sanitize-recover=all", "-fsanitize=address,undefined",
+        str(program), *map(str, [*used, *objects]), "-o", str(built),
     ]  # fmt: skip
     compiled = subprocess.run(command, capture_output=True, text=True)
     if compiled.returncode and "cannot find" in compiled.stderr:

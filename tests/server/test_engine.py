@@ -38,7 +38,10 @@ ENVIRONMENT = {
 
 
 def start(base: Path, integers: str = "0", **more: Any) -> LLM:
-    """An engine for a base, its worker another process; it multiplies as transformers does."""
+    """An engine for a base in another process; it multiplies as transformers does.
+
+    Its one worker is in the engine's process, as in our server: one process less imports vLLM.
+    """
     os.environ.update(ENVIRONMENT | {INTEGERS_VARIABLE: integers})
     from vllm import LLM
 
@@ -49,7 +52,12 @@ def start(base: Path, integers: str = "0", **more: Any) -> LLM:
         seed=0,
         enable_prefix_caching=False,
         disable_log_stats=True,
-        **{"dtype": "float32", "enforce_eager": True} | more,
+        **{
+            "dtype": "float32",
+            "enforce_eager": True,
+            "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+        }
+        | more,
     )
 
 
@@ -177,6 +185,7 @@ def test_two_workers_share_out_codes_and_adapters(tmp_path: Path) -> None:
             max_loras=5,
             max_lora_rank=8,
             tensor_parallel_size=2,
+            distributed_executor_backend="mp",
         )
         try:
             found = answers(

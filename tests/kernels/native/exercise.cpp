@@ -24,6 +24,7 @@ void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const cha
                    int32_t, int32_t);
 void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
                         float*, int32_t);
+void spallm_tables_to_integers(const float*, int64_t, int64_t, int16_t*, float*);
 void spallm_pack(const uint8_t*, int64_t, int64_t, int64_t, int32_t, uint8_t*);
 void spallm_unpack(uint8_t*, int64_t, int64_t, int64_t, int32_t, const uint8_t*);
 }
@@ -116,6 +117,23 @@ void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t token
   compare(layout, "integers", level, found.data(), wanted.data(), tokens * layout.rows, type, 0.3f);
 }
 
+// Tables in float32 to integers: each at most half a unit from where it was.
+void exercise_to_integers(const Layout& layout) {
+  const int64_t entries = layout.groups * layout.entries();
+  const Buffer tables = numbers(layout.rows * entries, kFloat32);
+  const Buffer whole(layout.rows * entries * 2), scales(layout.rows * 4);
+  spallm_tables_to_integers(reinterpret_cast<const float*>(tables.data()), layout.rows, entries,
+                            reinterpret_cast<int16_t*>(whole.data()),
+                            reinterpret_cast<float*>(scales.data()));
+  for (int64_t k = 0; k < layout.rows * entries; ++k) {
+    const float scale = reinterpret_cast<const float*>(scales.data())[k / entries];
+    const float found = reinterpret_cast<const int16_t*>(whole.data())[k] * scale;
+    const float wanted = load(tables.data(), k, kFloat32);
+    if (!(std::fabs(found - wanted) <= 0.501f * scale))
+      fail(layout, "to integers", 0, found, wanted);
+  }
+}
+
 // A weight kept in bfloat16; level 0 is the oracle.
 void exercise_dense(const Layout& layout, int64_t tokens) {
   const Buffer weight = numbers(layout.rows * layout.columns, kBfloat16);
@@ -179,6 +197,7 @@ void exercise(const Layout& layout) {
       if (spallm_cpu_integers(level))
         exercise_integers(layout, codes, tokens, n_slots, slots.data(), type, level);
   exercise_dense(layout, tokens);
+  exercise_to_integers(layout);
   slots[tokens - 1] = static_cast<int32_t>(n_slots);
   if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits, nullptr, 0,
                         nullptr, n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=
