@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 from torch import Tensor
 
+from spallm_serve import adapter_files
 from spallm_serve.adapter import (
     Adapter,
     LoraConfig,
@@ -201,6 +202,14 @@ def damaged(directory: Path, kind: str) -> None:
             path.write_bytes(struct.pack("<Q", len(written)) + written + bytes(4))
 
 
+@pytest.fixture(params=["at once", "one after another"])
+def reading(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """How tensors are read: as those of small and as those of large files."""
+    if request.param == "one after another":
+        monkeypatch.setattr(adapter_files, "_READ_AT_ONCE", 0)
+
+
+@pytest.mark.usefixtures("reading")
 @pytest.mark.parametrize(
     "kind",
     ["no configuration", "configuration is no JSON", "configuration nested deep",
@@ -212,6 +221,18 @@ def test_damaged_directories(kind: str, tmp_path: Path) -> None:
     damaged(tmp_path / "adapter", kind)
     with pytest.raises(UserError, match=str(tmp_path)):
         read_adapter(tmp_path / "adapter")
+
+
+@pytest.mark.usefixtures("reading")
+def test_tensors_are_in_the_order_of_their_names_and_in_memory_of_their_own(tmp_path: Path) -> None:
+    """Whoever replaces the file then does not change them."""
+    write_adapter(lut_adapter(), tmp_path / "adapter")
+    found = read_adapter(tmp_path / "adapter").tensors
+    path = tmp_path / "adapter" / TENSOR_FILE
+    path.write_bytes(bytes(path.stat().st_size))
+    expected = lut_adapter().tensors
+    assert list(found) == sorted(expected)
+    assert all(found[name].equal(tensor) for name, tensor in expected.items())
 
 
 # Rows and columns of Llama-2-7B's linears in one of its 32 blocks.
