@@ -63,7 +63,7 @@ class HeldTables:
         for their rows; in a few calls for all."""
         if self.scales is not None:
             return [type(self)(*each) for each in to_integers_together(tables)]
-        return [self.alike(each) for each in tables]
+        return [self.alike(each.contiguous()) for each in tables]
 
     @property
     def nbytes(self) -> int:

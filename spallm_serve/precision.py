@@ -34,14 +34,14 @@ def first_not_finite(tensors: Mapping[str, Tensor]) -> str | None:
     ones, and beside an engine that decodes each call may have to wait for the interpreter.
     """
     floating = {name: tensor for name, tensor in tensors.items() if tensor.is_floating_point()}
-    for dtype in {tensor.dtype for tensor in floating.values()}:
+    for dtype in dict.fromkeys(tensor.dtype for tensor in floating.values()):
         names = [name for name, tensor in floating.items() if tensor.dtype == dtype]
         small = [name for name in names if floating[name].numel() <= _SMALL]
         for first in range(0, len(small), _TOGETHER):
             some = small[first : first + _TOGETHER]
             if not all_finite(torch.cat([floating[name].flatten() for name in some])):
                 return next(name for name in some if not all_finite(floating[name]))
-        for name in set(names).difference(small):
+        for name in (name for name in names if floating[name].numel() > _SMALL):
             if not all(map(all_finite, floating[name].flatten().split(_STRETCH))):
                 return name
     return None

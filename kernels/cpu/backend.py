@@ -162,6 +162,11 @@ class CpuBackend:
             ValueError: a slot without tables; an unsupported dtype; no instructions for it.
         """
         check_types(x, scales, None, _TYPES)
+        if (values.dtype, scales.dtype) != (torch.int16, torch.float32):
+            raise ValueError(
+                f"tables: expected int16 and scales of float32, got {values.dtype} and "
+                f"{scales.dtype}"
+            )
         y = x.new_empty(x.shape[0], self.rows(codes))
         if x.shape[0] <= _INTEGER_TOKENS:
             self._multiply(x, codes, values, scales, slots, None, y)

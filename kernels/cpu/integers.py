@@ -20,14 +20,11 @@ INTEGERS_VARIABLE = "SPALLM_CPU_INTEGERS"
 # The largest entry of a row (kLargestEntry in csrc/integers.h).
 LARGEST_ENTRY = 4096
 # Entries at a time: their float32 stays in the cache, and is not new memory each time.
-_PART = 1 << 14
+_PART = 1 << 16
 
 
 def to_integers(tables: Tensor) -> tuple[Tensor, Tensor]:
     """The nearest entries that are whole multiples of a row's scale.
-
-    One call and not a dozen of torch's: adapters are read beside an engine that decodes, and each
-    call may have to wait for the interpreter, or have the engine wait for it.
 
     Args:
         tables: floating point ``[..., out, groups, 2**bits]``, on the CPU.
@@ -36,17 +33,8 @@ def to_integers(tables: Tensor) -> tuple[Tensor, Tensor]:
         int16 of the same shape, in each row up to :data:`LARGEST_ENTRY` in size; and the scales,
         float32 ``[..., out]``. A row with an entry that is no number has a scale that is none.
     """
-    whole = torch.empty(tables.shape, dtype=torch.int16)
-    scales = torch.empty(tables.shape[:-2])
-    entries = tables.shape[-2:].numel()
-    rows = max(1, _PART // entries)
-    parts = tables.contiguous().view(-1, entries).split(rows)
-    into = whole.view(-1, entries).split(rows), scales.view(-1).split(rows)
-    for part, whole_part, its_scales in zip(parts, *into, strict=True):
-        values = part.float()
-        library().spallm_tables_to_integers(
-            values.data_ptr(), len(values), entries, whole_part.data_ptr(), its_scales.data_ptr()
-        )
+    whole, scales = _unfilled(tables.shape)
+    _convert(tables, whole, scales)
     return whole, scales
 
 
@@ -57,8 +45,33 @@ def to_integers_together(tables: Sequence[Tensor]) -> list[tuple[Tensor, Tensor]
         tables: ``[out, groups, 2**bits]`` each, with the same groups and bits.
     """
     rows = [len(each) for each in tables]
-    whole, scales = to_integers(torch.cat([*tables]))
-    return [*zip(whole.split(rows), scales.split(rows), strict=True)]
+    whole, scales = _unfilled(torch.Size([sum(rows), *tables[0].shape[1:]]))
+    parts = [*zip(whole.split(rows), scales.split(rows), strict=True)]
+    for each, part in zip(tables, parts, strict=True):
+        _convert(each, *part)
+    return parts
+
+
+def _unfilled(shape: torch.Size) -> tuple[Tensor, Tensor]:
+    """Memory for integers and scales; of these dtypes whatever torch's default is just now."""
+    return (
+        torch.empty(shape, dtype=torch.int16, device="cpu"),
+        torch.empty(shape[:-2], dtype=torch.float32, device="cpu"),
+    )
+
+
+def _convert(tables: Tensor, whole: Tensor, scales: Tensor) -> None:
+    """In a few calls and not a dozen: adapters are read beside an engine that decodes, and each may
+    have to wait for the interpreter, or have the engine wait for it."""
+    entries = tables.shape[-2:].numel()
+    rows = max(1, _PART // entries)
+    parts = tables.contiguous().view(-1, entries).split(rows)
+    into = whole.view(-1, entries).split(rows), scales.view(-1).split(rows)
+    for part, whole_part, its_scales in zip(parts, *into, strict=True):
+        values = part.float()
+        library().spallm_tables_to_integers(
+            values.data_ptr(), len(values), entries, whole_part.data_ptr(), its_scales.data_ptr()
+        )
 
 
 def from_integers(values: Tensor, scales: Tensor) -> Tensor:

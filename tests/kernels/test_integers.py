@@ -99,6 +99,7 @@ def token_scales(x: Tensor, groups: int, bits: int, level: str) -> Tensor:
     )
 
 
+@native
 @given(
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     st.sampled_from([(3, 1, 16), (2, 3, 2, 8), (1, 1, 1, 4)]),
@@ -119,6 +120,7 @@ def test_entries_are_the_nearest_multiples_of_a_rows_scale(
     assert (wrong <= 0.501 * scales.double()[..., None, None]).all()
 
 
+@native
 @given(
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     st.sampled_from([(70, 1, 16), (3, 2, 8), (5, 7, 4)]),
@@ -141,6 +143,23 @@ def test_integers_are_those_of_the_formula(
     assert torch.allclose(scales, kept, rtol=0, atol=0, equal_nan=True)
 
 
+@native
+def test_scales_are_float32_whatever_torchs_default_is() -> None:
+    """vLLM sets it to the dtype of the activations while it loads a model."""
+    tables = torch.randn(5, 1, 4)
+    expected = to_integers(tables)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        found = [to_integers(tables), *to_integers_together([tables])]
+    finally:
+        torch.set_default_dtype(before)
+    for values, scales in found:
+        assert scales.dtype == torch.float32
+        assert values.equal(expected[0]) and scales.equal(expected[1])
+
+
+@native
 def test_several_become_integers_as_each_does_alone() -> None:
     several = [torch.randn(rows, 2, 8).half() for rows in (3, 1, 6)]
     for tables, (values, scales) in zip(several, to_integers_together(several), strict=True):
@@ -148,6 +167,7 @@ def test_several_become_integers_as_each_does_alone() -> None:
         assert values.equal(alone[0]) and scales.equal(alone[1])
 
 
+@native
 def test_rows_that_hold_no_numbers_are_none_and_others_are() -> None:
     tables = torch.ones(4, 1, 4)
     tables[1, 0, 2], tables[2, 0, 0] = torch.nan, torch.inf

@@ -254,6 +254,8 @@ def engine(request: pytest.FixtureRequest, base: Path, adapters: dict[str, Path]
     largest = max(sum(file.stat().st_size for file in path.iterdir()) for path in adapters.values())
     made = start(
         base,
+        # As transformers does, where it is compared with that; else as a server would here.
+        integers="0" if dtype == "float32" else "",
         enable_lora=True,
         dtype=dtype,
         enforce_eager=way == "eager",

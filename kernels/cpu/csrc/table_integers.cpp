@@ -14,6 +14,10 @@ namespace {
 // even one.
 constexpr float kRound = 0x1.8p23f;
 
+#if defined(__GNUC__) && !defined(__clang__)
+// The product is to be rounded before anything is added, as everywhere else.
+__attribute__((optimize("fp-contract=off")))
+#endif
 // The scale of a row.
 float row_to_integers(const float* row, int64_t entries, int16_t* integers) {
   // Without their signs numbers are ordered as the integers of the same bits, with what is no number
@@ -28,7 +32,8 @@ float row_to_integers(const float* row, int64_t entries, int16_t* integers) {
   const bool usable = scale > FLT_MIN && scale < INFINITY;
   const float inverse = usable ? 1.0f / scale : 0.0f;
   for (int64_t k = 0; k < entries; ++k) {
-    const float whole = row[k] * inverse + kRound - kRound;
+    const float product = row[k] * inverse;
+    const float whole = product + kRound - kRound;
     integers[k] = usable ? static_cast<int16_t>(whole) : 0;
   }
   return scale <= FLT_MIN ? 0.0f : scale;
