@@ -32,11 +32,21 @@ _GRACE_SECONDS = 1.0
 def main() -> None:
     """Answer the jobs on standard input, one a line, on standard output."""
     torch.set_num_threads(1)  # a fork has no threads but its own
-    # Nobody waits for children: one that had nothing of the processors needs them to end, too.
-    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
     for line in sys.stdin.buffer:
+        _bury()
         sys.stdout.buffer.write(_checked(Job.model_validate_json(line)) + b"\n")
         sys.stdout.buffer.flush()
+
+
+def _bury() -> None:
+    """Forget children that have ended.
+
+    None is waited for when it has answered or is killed: one that has nothing of the processors
+    needs them to end, too.
+    """
+    with contextlib.suppress(ChildProcessError):
+        while os.waitpid(-1, os.WNOHANG)[0]:
+            pass
 
 
 def _checked(job: Job) -> bytes:
