@@ -21,7 +21,8 @@ from spallm_serve.adapters_store.validate import Checked, UploadLimits
 _CHILD = "spallm_serve.adapters_store.sandbox_child"
 LONGEST_ANSWER = 4 << 20
 LATE = b"late"
-_GRACE_SECONDS = 5.0
+# Beyond a check's own seconds: the process may have to import torch first.
+_GRACE_SECONDS = 60.0
 # Nothing of the server's environment is a stranger's business: its secrets are there.
 _ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PATH": os.defpath}
 
