@@ -13,7 +13,7 @@ import pytest
 # A process that checks as the real one does, but for the check: what it is told to do where nothing
 # is left for it, and else to refuse with the name of what it runs as.
 PROGRAM = """
-import os, sys, time
+import os, signal, sys
 from pathlib import Path
 from spallm_serve.adapters_store import sandbox_child
 from spallm_serve.adapters_store.failures import RejectedError
@@ -28,7 +28,7 @@ if not waits:  # other tests may leave it little
 def check(*_):
     idle = os.sched_getscheduler(0) == os.SCHED_IDLE
     if idle and waits:
-        time.sleep(60)
+        signal.pause()  # until it is killed
     raise RejectedError(f"idle {idle}, nice {os.nice(0)}")
 
 sandbox_child.check_upload = check
