@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from spallm_serve.benchmarks.apart import measured_apart
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.errors import UserError
-from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, why_no_integers
+from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, LARGEST_ENTRY, why_no_integers
 
 _WINDOW = 512
 # Read at a time: fewer than the BLAS would multiply.
@@ -21,7 +22,7 @@ _CHUNK = 64
 
 
 def integer_records(base: Path, text: Path, windows: int) -> Iterator[Record]:
-    """The mean loss, and by how much tokens' losses differ.
+    """The mean loss with each kind of integers, and by how much tokens' losses differ.
 
     Args:
         base: what ``spallm-compress`` made.
@@ -31,20 +32,28 @@ def integer_records(base: Path, text: Path, windows: int) -> Iterator[Record]:
     Raises:
         UserError: the text is too short, or this processor has no instructions for integers.
     """
-    reason = why_no_integers()
-    if reason is not None:
-        raise UserError(reason)
+    reasons = {dtype: why_no_integers(dtype) for dtype in LARGEST_ENTRY}
+    if all(reasons.values()):
+        raise UserError("; ".join(filter(None, reasons.values())))
     told = {"model": str(base), "text": str(text), "windows": windows}
-    ours, theirs = (
-        torch.tensor(
-            measured_apart(__name__, told, {INTEGERS_VARIABLE: value})["losses"],
-            dtype=torch.float64,
-        )
-        for value in ("1", "0")
-    )
+
+    def losses(bits: int) -> Tensor:
+        found = measured_apart(__name__, told, {INTEGERS_VARIABLE: str(bits)})["losses"]
+        return torch.tensor(found, dtype=torch.float64)
+
+    float32 = losses(0)
+    for dtype, reason in reasons.items():
+        if reason is None:
+            bits = torch.iinfo(dtype).bits
+            yield from _compared({"base": base.name, "bits": bits}, losses(bits), float32)
+
+
+def _compared(
+    case: dict[str, str | int | float | bool | None], ours: Tensor, theirs: Tensor
+) -> Iterator[Record]:
     difference = ours - theirs
     mean, error = float(difference.mean()), float(difference.std()) / len(difference) ** 0.5
-    case: dict[str, str | int | float | bool | None] = {"base": base.name, "tokens": len(ours)}
+    case["tokens"] = len(ours)
     yield Record(
         bench="integers",
         case=case,

@@ -23,7 +23,7 @@ from spallm_serve.benchmarks.timing import (
     interleaved_on_gpu,
 )
 from spallm_serve.kernels import explain, lut_linear, prepare_codes
-from spallm_serve.kernels.choice import backend_of, holds_integers
+from spallm_serve.kernels.choice import backend_of, integers_held
 from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.kernels.packing import SUPPORTED_BITS, pack_codes
 
@@ -80,7 +80,11 @@ class _Layer:
             "rows": self.rows,
             "columns": self.columns,
             "bits": self.bits,
-            **({} if self.held.scales is None else {"tables": "integers"}),
+            **(
+                {}
+                if self.held.scales is None
+                else {"tables": str(self.held.entries.dtype).removeprefix("torch.")}
+            ),
             **more,
         }
 
@@ -101,7 +105,8 @@ def kernel_records(
     """
     console = Console(stderr=True)
     on = f"{torch.get_num_threads()} threads" if device == "cpu" else torch.cuda.get_device_name()
-    form = "tables as integers" if holds_integers(device, dtype) else "tables as they are"
+    integers = integers_held(device, dtype)
+    form = f"tables as {integers or 'they are'}".replace("torch.", "")
     console.print(f"lut_linear runs on {explain(device)}, {on}, {form}")
     bandwidth = copy_bandwidth(seconds, device)
     yield Record(

@@ -14,7 +14,8 @@ from spallm_serve.kernels.backend import Backend, Request
 from spallm_serve.kernels.cpu.backend import CpuBackend
 from spallm_serve.kernels.cpu.integers import (
     INTEGERS_VARIABLE,
-    integers_are_wanted,
+    fastest_integers,
+    wanted_integers,
     why_no_integers,
 )
 from spallm_serve.kernels.cpu.library import LEVELS
@@ -110,8 +111,8 @@ def rounds_tables(device: str, dtype: torch.dtype) -> bool:
     return _choose(request)[0].rounds_tables(dtype)
 
 
-def holds_integers(device: str, dtype: torch.dtype) -> bool:
-    """Whether a server holds tables as integers: where those are multiplied faster.
+def integers_held(device: str, dtype: torch.dtype) -> torch.dtype | None:
+    """The integers that a server holds tables as: where those are multiplied faster.
 
     Args:
         device: ``cpu`` or ``cuda``.
@@ -120,21 +121,20 @@ def holds_integers(device: str, dtype: torch.dtype) -> bool:
     Raises:
         ValueError: it is asked for, and this processor or the chosen backend has no way to.
     """
-    wanted = integers_are_wanted()
+    wanted = wanted_integers()
     if device != "cpu" or wanted is False:
-        return False
+        return None
     request = Request(device, dtype, bits=4, rows=4096, columns=4096, groups=1)
     backend = _choose(request)[0]
-    if not isinstance(backend, CpuBackend):
-        reason: str | None = f"{backend.name} has no integers"
-    else:
-        reason = why_no_integers(backend.level)
-    if wanted:
+    level = backend.level if isinstance(backend, CpuBackend) else None
+    if isinstance(wanted, torch.dtype):
+        no_integers = f"{backend.name} has no integers"
+        reason = no_integers if level is None else why_no_integers(wanted, level)
         if reason is not None:
-            raise ValueError(f"{INTEGERS_VARIABLE}=1: {reason}; unset it")
-        return True
+            raise ValueError(f"{INTEGERS_VARIABLE}={torch.iinfo(wanted).bits}: {reason}; unset it")
+        return wanted
     # A dtype that tables are rounded to is one that is multiplied as fast.
-    return reason is None and not backend.rounds_tables(dtype)
+    return None if level is None or backend.rounds_tables(dtype) else fastest_integers(level)
 
 
 def keeps_bfloat16(device: str, dtype: torch.dtype, stored: torch.dtype) -> bool:

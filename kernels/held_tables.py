@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from spallm_serve.kernels.backend import Backend
-from spallm_serve.kernels.choice import holds_integers, rounds_tables
+from spallm_serve.kernels.choice import integers_held, rounds_tables
 from spallm_serve.kernels.cpu.backend import CpuBackend
 from spallm_serve.kernels.cpu.integers import to_integers, to_integers_together
 from spallm_serve.kernels.dispatch import lut_linear
@@ -45,8 +45,9 @@ class HeldTables:
             ValueError: integers were asked for, and this processor has no instructions for them.
         """
         device = tables.device.type
-        if holds_integers(device, dtype):
-            entries, scales = to_integers(tables)
+        integers = integers_held(device, dtype)
+        if integers is not None:
+            entries, scales = to_integers(tables, integers)
             return cls(entries.repeat(slots, 1, 1, 1), scales.repeat(slots, 1))
         if rounds_tables(device, dtype):
             tables = tables.to(dtype)
@@ -55,14 +56,15 @@ class HeldTables:
     def alike(self, tables: Tensor) -> Self:
         """Other tables ``[..., groups, 2**bits]`` in the form that these have."""
         if self.scales is not None:
-            return type(self)(*to_integers(tables))
+            return type(self)(*to_integers(tables, self.entries.dtype))
         return type(self)(tables.to(self.entries.dtype))
 
     def alike_together(self, tables: Sequence[Tensor]) -> list[Self]:
         """What :meth:`alike` gives for each of several ``[out, groups, 2**bits]`` of one shape but
         for their rows; in a few calls for all."""
         if self.scales is not None:
-            return [type(self)(*each) for each in to_integers_together(tables)]
+            together = to_integers_together(tables, self.entries.dtype)
+            return [type(self)(*each) for each in together]
         return [self.alike(each.contiguous()) for each in tables]
 
     @property

@@ -12,7 +12,7 @@ from torch._inductor.runtime.cache_dir_utils import default_cache_dir
 from vllm import envs
 
 from spallm_serve.errors import UserError
-from spallm_serve.kernels.choice import holds_integers
+from spallm_serve.kernels.choice import integers_held
 from spallm_serve.precision import bfloat16_is_native
 from spallm_serve.server import endpoints, orphans, vllm_compat
 from spallm_serve.server.compiling import CannotCompileError, prepare_compiling
@@ -101,7 +101,7 @@ def _for_this_machine(engine_flags: list[str]) -> list[str]:
     if found_flag(engine_flags, "--dtype") is None and not native:
         console.print(_BFLOAT16_HINT, soft_wrap=True)
     try:
-        holds_integers("cpu", torch.float32)
+        integers_held("cpu", torch.float32)
     except ValueError as error:
         raise UserError(str(error)) from error
     return _compiling(engine_flags, console)

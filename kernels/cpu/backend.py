@@ -21,6 +21,7 @@ from spallm_serve.kernels.arguments import (
     slot_error,
 )
 from spallm_serve.kernels.backend import Request
+from spallm_serve.kernels.cpu.integers import INTEGER_TYPES
 from spallm_serve.kernels.cpu.layout import (
     from_cpu_layout,
     read_header,
@@ -32,7 +33,6 @@ from spallm_serve.kernels.native import NativeLibraryError
 from spallm_serve.kernels.reference import slot_runs
 
 _TYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
-_INTEGER = 3
 # What the kernels answer where the header says something else, or there are no such instructions.
 _OTHER_CODES, _NO_INTEGERS = -2, -3
 # Tokens of one slot from which decoding for the BLAS pays.
@@ -155,16 +155,16 @@ class CpuBackend:
 
         Args:
             x, codes, slots: as there.
-            values, scales: of :func:`~spallm_serve.kernels.cpu.integers.to_integers`, int16
-                ``[n_slots, out, groups, 2**bits]`` and float32 ``[n_slots, out]``.
+            values, scales: of :func:`~spallm_serve.kernels.cpu.integers.to_integers`, int8 or
+                int16 ``[n_slots, out, groups, 2**bits]`` and float32 ``[n_slots, out]``.
 
         Raises:
             ValueError: a slot without tables; an unsupported dtype; no instructions for it.
         """
         check_types(x, scales, None, _TYPES)
-        if (values.dtype, scales.dtype) != (torch.int16, torch.float32):
+        if values.dtype not in INTEGER_TYPES or scales.dtype != torch.float32:
             raise ValueError(
-                f"tables: expected int16 and scales of float32, got {values.dtype} and "
+                f"tables: expected int8 or int16 and scales of float32, got {values.dtype} and "
                 f"{scales.dtype}"
             )
         y = x.new_empty(x.shape[0], self.rows(codes))
@@ -238,7 +238,7 @@ class CpuBackend:
             groups,
             entries.bit_length() - 1,
             tables.data_ptr(),
-            _TYPES[tables.dtype] if scales is None else _INTEGER,
+            _TYPES[tables.dtype] if scales is None else INTEGER_TYPES[tables.dtype],
             None if scales is None else scales.data_ptr(),
             tables.shape[0],
             x.data_ptr(),

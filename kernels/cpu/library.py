@@ -14,9 +14,9 @@ _POINTER, _I32, _I64 = ctypes.c_void_p, ctypes.c_int32, ctypes.c_int64
 _CODES = (_POINTER, _I64, _I64, _I64, _I32)  # codes, rows, columns, groups, bits
 _FUNCTIONS = {
     "spallm_cpu_level": (_I32, ()),
-    "spallm_cpu_integers": (_I32, (_I32,)),  # level
-    # tables, rows, entries of a row; integers, scales
-    "spallm_tables_to_integers": (None, (_POINTER, _I64, _I64, _POINTER, _POINTER)),
+    "spallm_cpu_integers": (_I32, (_I32, _I32)),  # level, type
+    # tables, rows, entries of a row; type; integers, scales
+    "spallm_tables_to_integers": (None, (_POINTER, _I64, _I64, _I32, _POINTER, _POINTER)),
     # tables, type, scales, slots; x, type, tokens; slots; bias, type; y; level
     "spallm_lut_linear": (
         _I64,

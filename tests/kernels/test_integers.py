@@ -1,4 +1,4 @@
-"""Tables as 16-bit integers: how near products come to float64, and that no sum overflows."""
+"""Tables as 8-bit and 16-bit integers: products are near float64's, and no sum overflows."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from spallm_serve.kernels import choice, prepare_codes
+from spallm_serve.kernels import prepare_codes
 from spallm_serve.kernels.backend import Request
-from spallm_serve.kernels.choice import FORCE_VARIABLE, holds_integers
+from spallm_serve.kernels.choice import FORCE_VARIABLE, integers_held
 from spallm_serve.kernels.cpu import integers
 from spallm_serve.kernels.cpu.backend import BLAS_TOKENS, CpuBackend
 from spallm_serve.kernels.cpu.integers import (
     INTEGERS_VARIABLE,
     LARGEST_ENTRY,
+    fastest_integers,
     from_integers,
     to_integers,
     to_integers_together,
@@ -30,9 +31,17 @@ from spallm_serve.kernels.held_tables import HeldTables
 from spallm_serve.kernels.packing import pack_codes
 
 # Instructions that this processor has, and products of integers with them.
-_LEVELS = [level for number, level in enumerate(LEVELS) if why_no_integers(number) is None]
-some = pytest.mark.skipif(not _LEVELS, reason=str(why_no_integers()))
-best = pytest.mark.skipif(why_no_integers() is not None, reason=str(why_no_integers()))
+_ABLE = [
+    (level, dtype)
+    for number, level in enumerate(LEVELS)
+    for dtype in LARGEST_ENTRY
+    if why_no_integers(dtype, number) is None
+]
+_FASTEST = fastest_integers()
+_WHY_NONE = str(why_no_integers(torch.int16))
+some = pytest.mark.skipif(not _ABLE, reason=_WHY_NONE)
+best = pytest.mark.skipif(_FASTEST is None, reason=_WHY_NONE)
+able = pytest.mark.parametrize(("level", "dtype"), _ABLE)
 native = pytest.mark.skipif(
     CpuBackend("scalar").why_not(Request("cpu", torch.float32, 4, 8, 8, 1)) is not None,
     reason="no compiled kernels",
@@ -61,11 +70,16 @@ def dense(codes: Tensor, tables: Tensor) -> Tensor:
 
 
 def multiply(
-    x: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, level: str | None = None
+    x: Tensor,
+    codes: Tensor,
+    tables: Tensor,
+    slots: Tensor | None,
+    level: str | None = None,
+    dtype: torch.dtype = _FASTEST or torch.int16,
 ) -> Tensor:
     bits, groups = tables.shape[-1].bit_length() - 1, tables.shape[2]
     packed = prepare_codes(pack_codes(codes, bits), codes.shape[1], groups, x.dtype)
-    return CpuBackend(level).integer_linear(x, packed, *to_integers(tables), slots)
+    return CpuBackend(level).integer_linear(x, packed, *to_integers(tables, dtype), slots)
 
 
 def lanes(level: str, bits: int, steps: int) -> Tensor:
@@ -82,8 +96,37 @@ def lanes(level: str, bits: int, steps: int) -> Tensor:
     return 2 * (place // 2 % 2) + second + 4 * (place // 8 % 2)
 
 
+def partners(bits: int, steps: int) -> Tensor:
+    """``[columns]``: the column that shares a factor with each, among 8-bit integers."""
+    column = torch.arange(steps * _STEP)
+    step = column // _STEP
+    whole = step < steps // _BLOCK_STEPS[bits] * _BLOCK_STEPS[bits]
+    if bits == 2:
+        return torch.where(whole, column ^ 2 * _STEP, column ^ 1)
+    return torch.where(whole, column ^ 2 * _STEP, column ^ _STEP) if bits == 4 else column ^ _STEP
+
+
+def units(x: Tensor, groups: int, bits: int, level: str, dtype: torch.dtype) -> Tensor:
+    """``[tokens, columns]``: what an activation is rounded to whole multiples of, or more."""
+    if dtype == torch.int16:
+        return token_scales(x, groups, bits, level)[:, None].expand(x.shape)
+    size = x.double().abs().reshape(len(x), groups, -1)
+    width = size.shape[2]
+    padded = torch.nn.functional.pad(size, (0, -width % (2 * _STEP)))
+    # The partner of a last step that has none is nothing.
+    partner = partners(bits, math.ceil(width / _STEP)).clamp(max=padded.shape[2] - 1)[:width]
+    pairs = (padded[..., :width] + padded[..., partner]).flatten(1)
+    # As if all that is added up met in one lane.
+    most = 255 * 128 / 127
+    unit = torch.maximum(
+        pairs.amax(1) / (127 * 32766),
+        padded.sum((1, 2)) * most / (_LARGEST_SUM - padded[0].numel() / 16 * most),
+    )
+    return pairs / 127 + unit[:, None]
+
+
 def token_scales(x: Tensor, groups: int, bits: int, level: str) -> Tensor:
-    """The unit of each token's integers: no smaller than sums of 32 bits allow."""
+    """The unit of each token's 16-bit integers: no smaller than sums of 32 bits allow."""
     size = x.double().abs().reshape(len(x), groups, -1)
     padded = torch.nn.functional.pad(size, (0, -size.shape[2] % _STEP))
     lane = lanes(level, bits, padded.shape[2] // _STEP)
@@ -93,13 +136,14 @@ def token_scales(x: Tensor, groups: int, bits: int, level: str) -> Tensor:
     # Steps are filled up to whole ones, with AVX2 to whole pairs.
     together = 2 if level == "avx2" else 1
     steps = math.ceil(size.shape[2] / _STEP / together) * together * groups
-    rounding = steps * _STEP / count / 2 * LARGEST_ENTRY
+    rounding = steps * _STEP / count / 2 * 4096
     return torch.maximum(
-        size.amax((1, 2)) / 32767, by_lane.amax(1) * LARGEST_ENTRY / (_LARGEST_SUM - rounding)
+        size.amax((1, 2)) / 32767, by_lane.amax(1) * 4096 / (_LARGEST_SUM - rounding)
     )
 
 
 @native
+@pytest.mark.parametrize("kind", LARGEST_ENTRY)
 @given(
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     st.sampled_from([(3, 1, 16), (2, 3, 2, 8), (1, 1, 1, 4)]),
@@ -107,13 +151,13 @@ def token_scales(x: Tensor, groups: int, bits: int, level: str) -> Tensor:
     st.integers(0, 10**6),
 )
 def test_entries_are_the_nearest_multiples_of_a_rows_scale(
-    dtype: torch.dtype, shape: tuple[int, ...], exponent: int, seed: int
+    kind: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], exponent: int, seed: int
 ) -> None:
     tables = torch.randn(shape, generator=torch.Generator().manual_seed(seed))
     tables = (tables * 2.0**exponent).to(dtype)
     tables[0] = 0
-    values, scales = to_integers(tables)
-    assert values.dtype == torch.int16 and values.abs().max() <= LARGEST_ENTRY
+    values, scales = to_integers(tables, kind)
+    assert values.dtype == kind and values.abs().max() <= LARGEST_ENTRY[kind]
     assert scales.shape == tables.shape[:-2] and not scales[0].any() and not values[0].any()
     wrong = (from_integers(values, scales).double() - tables.double()).abs()
     # Half a unit, and what float32 rounds.
@@ -121,6 +165,7 @@ def test_entries_are_the_nearest_multiples_of_a_rows_scale(
 
 
 @native
+@pytest.mark.parametrize("kind", LARGEST_ENTRY)
 @given(
     st.sampled_from([torch.float16, torch.bfloat16, torch.float32]),
     st.sampled_from([(70, 1, 16), (3, 2, 8), (5, 7, 4)]),
@@ -128,17 +173,17 @@ def test_entries_are_the_nearest_multiples_of_a_rows_scale(
     st.integers(0, 10**6),
 )
 def test_integers_are_those_of_the_formula(
-    dtype: torch.dtype, shape: tuple[int, ...], exponent: int, seed: int
+    kind: torch.dtype, dtype: torch.dtype, shape: tuple[int, ...], exponent: int, seed: int
 ) -> None:
     """To the bit, of what torch computes one operation after another."""
     tables = torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * 2.0**exponent
     tables = tables.to(dtype)
     tables[0, 0, 0], tables[1, 0, 0], tables[2, 0, 0] = torch.nan, -torch.inf, 0
-    expected = tables.float().abs().amax((-2, -1)) / LARGEST_ENTRY
+    expected = tables.float().abs().amax((-2, -1)) / LARGEST_ENTRY[kind]
     usable = (expected > torch.finfo(torch.float32).tiny) & expected.isfinite()
     inverse = torch.where(usable, expected.reciprocal(), 0.0)[:, None, None]
-    values, scales = to_integers(tables)
-    assert values.equal((tables.float() * inverse).round().nan_to_num(0.0).short())
+    values, scales = to_integers(tables, kind)
+    assert values.equal((tables.float() * inverse).round().nan_to_num(0.0).to(kind))
     kept = torch.where(usable | ~expected.isfinite(), expected, 0.0)
     assert torch.allclose(scales, kept, rtol=0, atol=0, equal_nan=True)
 
@@ -147,11 +192,14 @@ def test_integers_are_those_of_the_formula(
 def test_scales_are_float32_whatever_torchs_default_is() -> None:
     """vLLM sets it to the dtype of the activations while it loads a model."""
     tables = torch.randn(5, 1, 4)
-    expected = to_integers(tables)
+    expected = to_integers(tables, torch.int16)
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        found = [to_integers(tables), *to_integers_together([tables])]
+        found = [
+            to_integers(tables, torch.int16),
+            *to_integers_together([tables], torch.int16),
+        ]
     finally:
         torch.set_default_dtype(before)
     for values, scales in found:
@@ -160,28 +208,31 @@ def test_scales_are_float32_whatever_torchs_default_is() -> None:
 
 
 @native
-def test_several_become_integers_as_each_does_alone() -> None:
+@pytest.mark.parametrize("dtype", LARGEST_ENTRY)
+def test_several_become_integers_as_each_does_alone(dtype: torch.dtype) -> None:
     several = [torch.randn(rows, 2, 8).half() for rows in (3, 1, 6)]
-    for tables, (values, scales) in zip(several, to_integers_together(several), strict=True):
-        alone = to_integers(tables)
+    together = to_integers_together(several, dtype)
+    for tables, (values, scales) in zip(several, together, strict=True):
+        alone = to_integers(tables, dtype)
         assert values.equal(alone[0]) and scales.equal(alone[1])
 
 
 @native
-def test_rows_that_hold_no_numbers_are_none_and_others_are() -> None:
+@pytest.mark.parametrize("dtype", LARGEST_ENTRY)
+def test_rows_that_hold_no_numbers_are_none_and_others_are(dtype: torch.dtype) -> None:
     tables = torch.ones(4, 1, 4)
     tables[1, 0, 2], tables[2, 0, 0] = torch.nan, torch.inf
     tables[3] = 1e-42
-    values, scales = to_integers(tables)
+    values, scales = to_integers(tables, dtype)
     assert scales.isfinite().tolist() == [True, False, False, True]
-    assert values.abs().max() <= LARGEST_ENTRY
-    assert from_integers(values, scales)[0].tolist() == tables[0].tolist()
+    assert values.abs().max() <= LARGEST_ENTRY[dtype]
+    torch.testing.assert_close(from_integers(values, scales)[0], tables[0])
 
 
 @some
 @settings(max_examples=150, deadline=None)
 @given(
-    st.sampled_from(_LEVELS or [""]),
+    st.sampled_from(_ABLE or [("", torch.int8)]),
     st.sampled_from([2, 3, 4]),
     st.integers(1, 3),
     st.one_of(st.integers(1, 40), st.sampled_from([64, 300, 1024, 2500])),
@@ -192,31 +243,37 @@ def test_rows_that_hold_no_numbers_are_none_and_others_are() -> None:
     st.integers(0, 10**6),
 )
 def test_products_are_within_the_rounding_of_both_factors(
-    level: str, bits: int, groups: int, width: int, rows: int, slots: list[int],
+    able: tuple[str, torch.dtype], bits: int, groups: int, width: int, rows: int, slots: list[int],
     dtype: torch.dtype, outliers: bool, seed: int,
 ) -> None:  # fmt: skip
+    level, kind = able
     codes, tables = layer(rows, groups * width, bits, groups, 5, seed)
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(len(slots), groups * width, generator=generator)
     if outliers:
         x[:, 0] *= 100
     x = x.to(dtype)
-    y = multiply(x, codes, tables, torch.tensor(slots, dtype=torch.int32), level)
+    y = multiply(x, codes, tables, torch.tensor(slots, dtype=torch.int32), level, kind)
     assert y.dtype == dtype
-    weights = dense(codes, from_integers(*to_integers(tables)))[slots]
+    weights = dense(codes, from_integers(*to_integers(tables, kind)))[slots]
     expected = torch.einsum("tc,trc->tr", x.double(), weights)
-    unit = token_scales(x, groups, bits, level)[:, None]
+    unit = units(x, groups, bits, level, kind)
     size = torch.einsum("tc,trc->tr", x.double().abs(), weights.abs())
-    bound = 0.501 * unit * weights.abs().sum(2) + 1e-6 * size
+    bound = 0.501 * torch.einsum("tc,trc->tr", unit, weights.abs()) + 1e-6 * size
+    # Entries of 8 bits are multiplied as numbers without a sign, and what that adds is taken away.
+    shifted = weights.abs().amax(2) * x.double().abs().sum(1)[:, None]
+    bound += 1e-6 * shifted if kind == torch.int8 else 0.0
     rounding = torch.finfo(dtype)
     bound += rounding.eps * (expected.abs() + rounding.smallest_normal)
     assert ((y.double() - expected).abs() <= bound).all()
 
 
-@pytest.mark.parametrize("level", _LEVELS)
+@able
 @pytest.mark.parametrize("columns", [32, 576, 11008, 400_000])
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_sums_as_large_as_they_can_be_do_not_overflow(bits: int, columns: int, level: str) -> None:
+def test_sums_as_large_as_they_can_be_do_not_overflow(
+    bits: int, columns: int, level: str, dtype: torch.dtype
+) -> None:
     """All products of one sign and size: activations of many columns get fewer bits for it."""
     codes = torch.zeros(3, columns, dtype=torch.uint8)
     tables = torch.full((1, 3, 1, 1 << bits), -1.0)
@@ -228,43 +285,47 @@ def test_sums_as_large_as_they_can_be_do_not_overflow(bits: int, columns: int, l
     if columns < 40_000:  # all else of the widest would be rounded away
         x[4, ::_STEP] = 100.0  # in one lane only
     expected = x.double() @ dense(codes, tables)[0].T
-    y = multiply(x, codes, tables, None, level)
-    bound = 0.501 * token_scales(x, 1, bits, level)[:, None] * x.count_nonzero(1)[:, None]
+    y = multiply(x, codes, tables, None, level, dtype)
+    rounded = units(x, 1, bits, level, dtype) * (x != 0)
+    bound = 0.501 * rounded.sum(1, keepdim=True)
     assert (bound <= 0.06 * expected.abs()).all()
     assert ((y.double() - expected).abs() <= bound + 1e-6 * expected.abs()).all()
 
 
-@pytest.mark.parametrize("level", _LEVELS)
+@able
 @pytest.mark.parametrize("bits", [2, 3, 4])
-def test_a_token_has_the_same_product_whatever_others_there_are(bits: int, level: str) -> None:
+def test_a_token_has_the_same_product_whatever_others_there_are(
+    bits: int, level: str, dtype: torch.dtype
+) -> None:
     codes, tables = layer(21, 600, bits, 1, 4, 0)
     x = torch.randn(17, 600, generator=torch.Generator().manual_seed(1))
     slots = torch.arange(17, dtype=torch.int32) % 4
-    together = multiply(x, codes, tables, slots, level)
+    together = multiply(x, codes, tables, slots, level, dtype)
     for token in range(17):
         slot = int(slots[token])
-        alone = multiply(x[token : token + 1], codes, tables[slot : slot + 1], None, level)
+        alone = multiply(x[token : token + 1], codes, tables[slot : slot + 1], None, level, dtype)
         assert torch.equal(alone[0], together[token])
 
 
-@pytest.mark.parametrize("level", _LEVELS)
-def test_activations_that_are_no_numbers_or_nothing(level: str) -> None:
+@able
+def test_activations_that_are_no_numbers_or_nothing(level: str, dtype: torch.dtype) -> None:
     codes, tables = layer(4, 64, 4, 2, 1, 0)
     x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
-    usual = multiply(x, codes, tables, None, level)
+    usual = multiply(x, codes, tables, None, level, dtype)
     x[1, 3], x[2, 63], x[3] = torch.nan, -torch.inf, 0
     x[4] *= 1e-37
     x[5] *= 1e30
     x[6] *= 1e36
     x[7] *= 1e38
-    y = multiply(x, codes, tables, None, level)
+    y = multiply(x, codes, tables, None, level, dtype)
     assert torch.equal(y[0], usual[0])
     assert y[1:3].isnan().all()
     assert not y[3].any() and y[4].abs().max() < 1e-35
+    off = 1e-3 if dtype == torch.int16 else 5e-2
     for token, factor in ((5, 1e30), (6, 1e36)):
-        torch.testing.assert_close(y[token] / factor, usual[token], rtol=1e-3, atol=1e-3)
+        torch.testing.assert_close(y[token] / factor, usual[token], rtol=off, atol=off)
     # Beyond what float32 adds: right or no number, never another one.
-    wrong = (y[7] / 1e38 - usual[7]).abs() > 1e-2
+    wrong = (y[7] / 1e38 - usual[7]).abs() > 10 * off
     assert (y[7].isfinite() <= ~wrong).all()
 
 
@@ -293,19 +354,24 @@ def test_what_does_not_belong_together_is_refused() -> None:
     with pytest.raises(ValueError, match="200"):
         multiply(torch.zeros(300, 64), codes, tables, many)
     packed = prepare_codes(pack_codes(codes, 4), 64, 1, torch.float32)
+    whole = to_integers(tables, _FASTEST or torch.int16)
     with pytest.raises(ValueError, match="codes"):
-        CpuBackend().integer_linear(x[:, :32].contiguous(), packed, *to_integers(tables), None)
+        CpuBackend().integer_linear(x[:, :32].contiguous(), packed, *whole, None)
     with pytest.raises(ValueError, match="float64"):
-        CpuBackend().integer_linear(x.double(), packed, *to_integers(tables), None)
+        CpuBackend().integer_linear(x.double(), packed, *whole, None)
 
 
 @best
-def test_held_tables_are_integers_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("dtype", [dtype for level, dtype in _ABLE if level == _ABLE[-1][0]])
+def test_held_tables_are_integers_where_it_is_asked_for(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
     _, tables = layer(6, 32, 3, 2, 1, 0)
-    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
+    asked = str(torch.iinfo(dtype).bits)
+    monkeypatch.setenv(INTEGERS_VARIABLE, asked)
     held = HeldTables.of(tables[0], 3, torch.float32)
-    assert held.entries.shape == (3, 6, 2, 8) and held.entries.dtype == torch.int16
-    assert held.slot_bytes == 6 * 2 * 8 * 2 + 6 * 4
+    assert held.entries.shape == (3, 6, 2, 8) and held.entries.dtype == dtype
+    assert held.slot_bytes == 6 * 2 * 8 * dtype.itemsize + 6 * 4
     own = held.alike(2 * tables[0, :2])
     part = held.rows(1, 4, 6)
     part.copy_(own)
@@ -319,40 +385,54 @@ def test_held_tables_are_integers_where_it_is_asked_for(monkeypatch: pytest.Monk
     assert torch.equal(mixed.entries[[0, 2, 4, 5]], base.entries[[0, 2, 4, 5]])
     monkeypatch.setenv(INTEGERS_VARIABLE, "0")
     assert HeldTables.of(tables[0], 3, torch.float32).scales is None
-    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
-    assert not holds_integers("cuda", torch.float32)
+    monkeypatch.setenv(INTEGERS_VARIABLE, asked)
+    assert integers_held("cuda", torch.float32) is None
     monkeypatch.setenv(FORCE_VARIABLE, "reference")
-    with pytest.raises(ValueError, match="reference has no integers"):
-        holds_integers("cpu", torch.float32)
+    with pytest.raises(ValueError, match=f"INTEGERS={asked}: reference has no integers"):
+        integers_held("cpu", torch.float32)
 
 
 @native
 @pytest.mark.parametrize("rounds", [False, True])
-@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize(
+    ("able", "fastest"),
+    [
+        ((), None),
+        ((torch.int16,), torch.int16),
+        ((torch.int8, torch.int16), torch.int8),
+    ],
+)
 def test_integers_are_held_where_they_are_multiplied_faster(
-    faster: bool, rounds: bool, monkeypatch: pytest.MonkeyPatch
+    able: tuple[torch.dtype, ...],
+    fastest: torch.dtype | None,
+    rounds: bool,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And the dtype of the activations has no instructions of its own."""
     monkeypatch.delenv(INTEGERS_VARIABLE, raising=False)
-    monkeypatch.setattr(choice, "why_no_integers", lambda level: None if faster else "none")
+    monkeypatch.setattr(
+        integers, "why_no_integers", lambda dtype, level: None if dtype in able else "none"
+    )
     monkeypatch.setattr(CpuBackend, "rounds_tables", lambda self, dtype: rounds)
-    assert holds_integers("cpu", torch.bfloat16) == (faster and not rounds)
+    assert integers_held("cpu", torch.bfloat16) == (None if rounds else fastest)
     monkeypatch.setenv(INTEGERS_VARIABLE, "0")
-    assert not holds_integers("cpu", torch.bfloat16)
+    assert integers_held("cpu", torch.bfloat16) is None
 
 
 @native
 def test_a_processor_without_instructions_is_told_of(monkeypatch: pytest.MonkeyPatch) -> None:
-    none = SimpleNamespace(spallm_cpu_integers=lambda level: ctypes.c_int32(0).value)
+    none = SimpleNamespace(spallm_cpu_integers=lambda *_: ctypes.c_int32(0).value)
     monkeypatch.setattr(integers, "library", lambda: none)
     monkeypatch.delenv(INTEGERS_VARIABLE, raising=False)
-    assert not holds_integers("cpu", torch.float32)
-    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
-    with pytest.raises(ValueError, match="SPALLM_CPU_INTEGERS=1: there are no faster products"):
-        holds_integers("cpu", torch.float32)
+    assert integers_held("cpu", torch.float32) is None
+    for bits in "8", "16":
+        monkeypatch.setenv(INTEGERS_VARIABLE, bits)
+        told = f"SPALLM_CPU_INTEGERS={bits}: there are no faster products of {bits}-bit integers"
+        with pytest.raises(ValueError, match=told):
+            integers_held("cpu", torch.float32)
     monkeypatch.setenv(INTEGERS_VARIABLE, "yes")
-    with pytest.raises(ValueError, match="SPALLM_CPU_INTEGERS='yes': expected 0 or 1"):
-        holds_integers("cpu", torch.float32)
+    with pytest.raises(ValueError, match="SPALLM_CPU_INTEGERS='yes': expected 0, 8 or 16"):
+        integers_held("cpu", torch.float32)
 
 
 @native
@@ -364,6 +444,6 @@ def test_instructions_without_products_of_integers_are_refused(
         multiply(torch.zeros(1, 64), codes, tables, None, "scalar")
     monkeypatch.setenv(FORCE_VARIABLE, "cpu-scalar")
     assert HeldTables.of(tables[0], 2, torch.float32).scales is None
-    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
-    with pytest.raises(ValueError, match="there are no faster products of integers with scalar"):
+    monkeypatch.setenv(INTEGERS_VARIABLE, "8")
+    with pytest.raises(ValueError, match="no faster products of 8-bit integers with scalar"):
         HeldTables.of(tables[0], 2, torch.float32)

@@ -60,8 +60,8 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
 
 def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(FORCE_VARIABLE, "reference")
-    monkeypatch.setenv(INTEGERS_VARIABLE, "1")
-    with pytest.raises(UserError, match="SPALLM_CPU_INTEGERS=1: reference has no integers; unset"):
+    monkeypatch.setenv(INTEGERS_VARIABLE, "16")
+    with pytest.raises(UserError, match="SPALLM_CPU_INTEGERS=16: reference has no integers; unset"):
         engine_server.run(ServerSettings(base="/base", store="/store"), [])
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from spallm_serve.benchmarks import integers
@@ -13,7 +14,8 @@ from spallm_serve.benchmarks.cli import app
 from spallm_serve.benchmarks.records import BenchmarkResults
 from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE
 
-LOSSES = {"0": [1.0, 2.0, 3.0, 4.0], "1": [1.1, 2.0, 2.9, 4.4]}
+LOSSES = {"0": [1.0, 2.0, 3.0, 4.0], "16": [1.1, 2.0, 2.9, 4.4]}
+WHY_NOT = {torch.int8: "no such thing", torch.int16: None}
 
 
 def test_losses_are_compared_token_by_token(
@@ -24,12 +26,13 @@ def test_losses_are_compared_token_by_token(
         return {"losses": LOSSES[environment[INTEGERS_VARIABLE]]}
 
     monkeypatch.setattr(integers, "measured_apart", engine)
-    monkeypatch.setattr(integers, "why_no_integers", lambda: None)
+    monkeypatch.setattr(integers, "why_no_integers", lambda dtype: WHY_NOT[dtype])
     found = tmp_path / "found.json"
     command = ["integers", "--base", "/a/base", "--text", "/a/text", "--windows", "2"]
     result = CliRunner().invoke(app, [*command, "--json", str(found)])
     assert result.exit_code == 0, result.output
     loss, more, spread = BenchmarkResults.model_validate_json(found.read_text()).records
+    assert loss.case == {"base": "base", "bits": 16, "tokens": 4}
     assert (loss.ours, loss.peer) == (2.6, 2.5)
     # Of 0.1, 0, -0.1, 0.4: the mean, its standard error, and the root of the mean square.
     assert more.ours == pytest.approx(0.1)
@@ -38,7 +41,7 @@ def test_losses_are_compared_token_by_token(
 
 
 def test_without_instructions_for_them_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(integers, "why_no_integers", lambda: "no such thing")
+    monkeypatch.setattr(integers, "why_no_integers", lambda dtype: f"no such {dtype}")
     result = CliRunner().invoke(app, ["integers", "--base", "a", "--text", "b"])
     assert result.exit_code == 2
-    assert "no such thing" in result.output
+    assert "no such torch.int8; no such torch.int16" in result.output

@@ -50,7 +50,7 @@ def dense(codes: Tensor, tables: Tensor) -> Tensor:
     return tables.double()[torch.arange(rows)[:, None], group, codes.long()]
 
 
-@pytest.mark.parametrize("integers", ["0", "1"])
+@pytest.mark.parametrize("integers", [None, torch.int8, torch.int16])
 @settings(
     max_examples=40,
     deadline=None,
@@ -64,16 +64,17 @@ def dense(codes: Tensor, tables: Tensor) -> Tensor:
 )
 def test_every_token_is_multiplied_by_its_slots_own_weight(
     monkeypatch: pytest.MonkeyPatch,
-    integers: str,
+    integers: torch.dtype | None,
     formats: list[tuple[int, int, int]],
     slots: list[int],
     padding: int,
     seed: int,
 ) -> None:
     """Whatever formats are merged, with what is added to one slot and with padded batches."""
-    if integers == "1" and why_no_integers() is not None:
-        pytest.skip(why_no_integers())
-    monkeypatch.setenv(INTEGERS_VARIABLE, integers)
+    if integers is not None and (reason := why_no_integers(integers)) is not None:
+        pytest.skip(reason)
+    asked = "0" if integers is None else str(torch.iinfo(integers).bits)
+    monkeypatch.setenv(INTEGERS_VARIABLE, asked)
     columns = 24
     linears: list[Linear] = []
     base: list[Tensor] = []
@@ -114,7 +115,8 @@ def test_every_token_is_multiplied_by_its_slots_own_weight(
     for place, slot in enumerate(slots):
         if slot == 1:
             expected[place, : formats[0][2]] += 2 * x[place].double().sum()
-    close = {"rtol": 1e-3, "atol": 1e-3 if integers == "0" else 1e-2}
+    off = {None: 1e-3, torch.int8: 0.2, torch.int16: 1e-2}[integers]
+    close = {"rtol": 1e-3, "atol": off}
     torch.testing.assert_close(y[: len(slots)].double(), expected, **close)
     # Filling with nothing makes the base of it again.
     layer.fill(1, {}, {})
@@ -147,9 +149,10 @@ def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) 
             return
         part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1, torch.float32)
         by_columns += part(shard.inputs(x), None, StepSlots())
-    # Tables may be held as integers, and a share's rows in units of their own.
-    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=1e-2)
-    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=1e-2)
+    # Tables may be held as integers, and a share's rows in units of their own. A share that is
+    # missing would be wrong by several units.
+    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=0.2)
+    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=0.2)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -187,7 +187,7 @@ void decode_bfloat16(const Layout& layout, const uint8_t* codes, const float* ta
 }  // namespace
 
 const Kernels kAvx2 = {
-    kLanes, nullptr, dot<Float32>, avx2_dot_integers, avx2_to_integers, kAvx2IntegerSteps,
+    kLanes, nullptr, dot<Float32>, &kAvx2Words, &kAvx2Bytes,
     decode_float32, decode_bfloat16, scalar_bucket_sums, dense_rows<32>,
 };
 

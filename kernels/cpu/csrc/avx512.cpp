@@ -142,7 +142,7 @@ void avx512_dense_rows(const uint16_t* row, int64_t columns, const float* x, int
 }
 
 const Kernels kAvx512 = {
-    16, nullptr, avx512_dot_float32, avx512_dot_integers, avx512_to_integers, 1,
+    16, nullptr, avx512_dot_float32, &kAvx512Words, nullptr,
     avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
     avx512_dense_rows,
 };

@@ -57,7 +57,7 @@ void decode_bfloat16(const Layout& layout, const uint8_t* codes, const float* ta
 }  // namespace
 
 const Kernels kAvx512Bfloat16 = {
-    16, dot<Bfloat16>, avx512_dot_float32, avx512_dot_integers, avx512_to_integers, 1,
+    16, dot<Bfloat16>, avx512_dot_float32, &kAvx512Words, nullptr,
     avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
     avx512_dense_rows,
 };

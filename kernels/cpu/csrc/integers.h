@@ -8,9 +8,9 @@
 
 namespace spallm {
 
-// Of the entries of tables in integers.
-constexpr float kLargestEntry = 4096.0f;
-// Of activations.
+// Of the entries of tables in 16 bits, and in 8.
+constexpr float kLargestWord = 4096.0f, kLargestByte = 127.0f;
+// Of activations in 16 bits.
 constexpr float kLargestValue = 32767.0f;
 // The sum's, less what float32 may have rounded away when the sizes of so many values were added.
 constexpr float kLargestSum = 0x1p31f * (1 - 0x1p-7f);
@@ -19,13 +19,12 @@ constexpr float kLargestSum = 0x1p31f * (1 - 0x1p-7f);
 struct IntegerScale {
   float value, inverse;
 
-  // usable: all are numbers, and so is `most`. largest: of their sizes. most: the largest sum of
-  // sizes that meet in one lane, of so many products.
-  IntegerScale(bool usable, float largest, float most, int64_t products) {
+  // usable: all are numbers, and so is `most`. by_value: what the largest of them needs. most: the
+  // largest sum of sizes that meet in one lane, of so many products with entries up to `entry`.
+  IntegerScale(bool usable, float by_value, float most, float entry, int64_t products) {
     // Each product may be rounded up by half of the largest entry.
-    const float rounding = static_cast<float>(products) / 2 * kLargestEntry;
-    const float by_value = largest / kLargestValue;
-    const float by_sum = most * (kLargestEntry / (kLargestSum - rounding));
+    const float rounding = static_cast<float>(products) / 2 * entry;
+    const float by_sum = most * (entry / (kLargestSum - rounding));
     const float scale = by_value > by_sum ? by_value : by_sum;
     // The inverse of what is smaller is not finite; and nothing of it would be left anyway.
     inverse = usable && scale > 1e-36f ? 1.0f / scale : 0.0f;

@@ -27,7 +27,7 @@ constexpr int kMaxSlots = 3;
 // Rows that are done for one batch of tokens before the next: their codes stay in the first cache.
 constexpr int kRowBlock = 8;
 
-enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kInteger = 3 };
+enum Type : int32_t { kFloat32 = 0, kBfloat16 = 1, kFloat16 = 2, kWord = 3, kByte = 4 };
 
 struct Layout {
   int64_t rows, columns, groups;
@@ -67,6 +67,23 @@ struct Batch {
   int64_t slot[kMaxTokens];
 };
 
+// A token's products with integers are (the sum - surplus) * scale * the scale of the row's table.
+struct TokenFactors {
+  float scale, surplus;
+};
+
+// Products of integers.
+struct IntegerKernels {
+  // As Kernels::dot_float32, of integers alone.
+  void (*dot)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
+              const char* const* tables, Type type, const int16_t* const* x, float* products);
+  // Makes a token's activations what `dot` reads, two bytes for each column of groups that are filled
+  // up to whole multiples of so many steps. May write as many floats to `room`.
+  TokenFactors (*to_integers)(const Layout& layout, const char* x, Type type, float* room,
+                              int16_t* out);
+  int steps;
+};
+
 // What an instruction set offers. Rows of codes start on 64 bytes where the caller's buffer does.
 struct Kernels {
   // In the order that dot_float32 reads activations in, of every 2 * lanes columns the even ones come
@@ -83,16 +100,9 @@ struct Kernels {
                       const char* const* tables, Type type, const float* const* x,
                       float* products);
 
-  // Products of integers, which still lack the scales of the tables and of the token; null where
-  // they would not be faster. The second makes a token's activations integers, in the order and
-  // filled up with zeros as the first reads them, and returns their scale; it may write as many
-  // floats to `room`. The levels of AVX-512 have them for processors with VNNI.
-  void (*dot_integers)(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
-                       const char* const* tables, Type type, const int16_t* const* x,
-                       float* products);
-  float (*to_integers)(const Layout& layout, const char* x, Type type, float* room, int16_t* out);
-  // Each group of those is filled up to whole multiples of so many steps.
-  int integer_steps;
+  // Of tables in 16-bit and in 8-bit integers; null where they would not be faster. The levels of
+  // AVX-512 have them for processors with VNNI.
+  const IntegerKernels *words, *bytes;
 
   // The weights of one row from its float32 tables. Group g starts at out + g * group_stride; where
   // that is the bare width, nothing is written beyond it.
@@ -118,17 +128,8 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
                         float* sums);
 
 #if defined(__x86_64__)
-// Kernels::dot_integers and to_integers.
 constexpr int kAvx2IntegerSteps = 2;
-void avx2_dot_integers(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
-                       const char* const* tables, Type type, const int16_t* const* x,
-                       float* products);
-float avx2_to_integers(const Layout& layout, const char* x, Type type, float* room, int16_t* out);
-void avx512_dot_integers(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
-                         const char* const* tables, Type type, const int16_t* const* x,
-                         float* products);
-float avx512_to_integers(const Layout& layout, const char* x, Type type, float* room,
-                         int16_t* out);
+extern const IntegerKernels kAvx2Words, kAvx2Bytes, kAvx512Words;
 #endif
 
 extern const Kernels kScalar;

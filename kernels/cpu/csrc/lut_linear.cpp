@@ -27,6 +27,11 @@ const Kernels& kernels(int32_t level) {
 #endif
 }
 
+// Of tables in integers; null of others, and where there are none.
+const IntegerKernels* integer_kernels(int32_t level, Type type) {
+  return type == kWord ? kernels(level).words : type == kByte ? kernels(level).bytes : nullptr;
+}
+
 int threads_for(int64_t products, int64_t blocks) {
   const int64_t wanted = std::min(products / kProductsPerThread + 1, blocks);
   return static_cast<int>(std::max<int64_t>(1, std::min<int64_t>(wanted, omp_get_max_threads())));
@@ -166,29 +171,31 @@ void load_floats(const char* from, Type type, int64_t count, float* out) {
     for (int64_t k = 0; k < count; ++k) out[k] = load(from, k, type);
 }
 
-// x in integers, with the scale of each token.
-Activations prepared_integers(const Kernels& with, const Layout& layout, const char* x, Type type,
-                              int64_t tokens, float* scales, Scratch& scratch) {
-  const int64_t padded = layout.padded(with.integer_steps);
+// x in integers, with the factors of each token.
+Activations prepared_integers(const IntegerKernels& with, const Layout& layout, const char* x,
+                              Type type, int64_t tokens, TokenFactors* factors, Scratch& scratch) {
+  const int64_t padded = layout.padded(with.steps);
   const int64_t stride = stride_for(padded * sizeof(int16_t));
   char* out = scratch.at_least(tokens * stride + padded * sizeof(float));
   float* room = reinterpret_cast<float*>(out + tokens * stride);
   for (int64_t t = 0; t < tokens; ++t)
-    scales[t] = with.to_integers(layout, x + t * layout.columns * size_of(type), type, room,
-                                 reinterpret_cast<int16_t*>(out + t * stride));
+    factors[t] = with.to_integers(layout, x + t * layout.columns * size_of(type), type, room,
+                                  reinterpret_cast<int16_t*>(out + t * stride));
   return {out, stride};
 }
 
-// What products of integers still lack.
-struct Scales {
+// What sums of integers still lack.
+struct Factors {
   const float* of_tables;  // [slots, rows]
-  const float* of_tokens;
+  const TokenFactors* of_tokens;
   int64_t rows;
 
   void apply(const Batch& batch, int64_t row, int count, float* products) const {
     for (int t = 0; t < batch.count; ++t, products += kRowBlock) {
       const float* own = of_tables + batch.slot[t] * rows + row;
-      for (int r = 0; r < count; ++r) products[r] *= own[r] * of_tokens[batch.token[t]];
+      const TokenFactors token = of_tokens[batch.token[t]];
+      for (int r = 0; r < count; ++r)
+        products[r] = (products[r] - token.surplus) * (own[r] * token.scale);
     }
   }
 };
@@ -254,9 +261,10 @@ int32_t spallm_cpu_level() {
 #endif
 }
 
-// Whether this processor has products of integers at a level, and faster ones than of floats.
-int32_t spallm_cpu_integers(int32_t level) {
-  if (level > spallm_cpu_level() || kernels(level).dot_integers == nullptr) return 0;
+// Whether this processor has products of kWord or kByte at a level, and faster ones than of floats.
+int32_t spallm_cpu_integers(int32_t level, int32_t type) {
+  if (level > spallm_cpu_level() || integer_kernels(level, static_cast<Type>(type)) == nullptr)
+    return 0;
 #if defined(__x86_64__)
   return level < 2 || __builtin_cpu_supports("avx512vnni");
 #else
@@ -279,7 +287,8 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
   const Kernels& with = kernels(level);
   const Type type = static_cast<Type>(x_type), stored = static_cast<Type>(table_type);
   if (!reinterpret_cast<const Header*>(packed)->fits(layout)) return -2;
-  if (stored == kInteger && !spallm_cpu_integers(level)) return -3;
+  const IntegerKernels* integers = integer_kernels(level, stored);
+  if ((stored == kWord || stored == kByte) && !spallm_cpu_integers(level, stored)) return -3;
   const uint8_t* codes = packed + layout.row_bytes();
   for (int64_t t = 0; slots != nullptr && t < tokens; ++t)
     if (slots[t] < 0 || slots[t] >= n_slots) return t;
@@ -289,14 +298,15 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
   thread_local Scratch activations, factors;
   const int64_t row_table = groups * layout.entries() * size_of(stored);
   make_batches(tokens, slots, tables, rows * row_table, order, batches);
-  const bool in_integers = stored == kInteger;
   const bool in_bfloat16 = type == kBfloat16 && with.dot_bfloat16 != nullptr;
-  float* token_scales = reinterpret_cast<float*>(factors.at_least(tokens * sizeof(float)));
+  auto* token_factors =
+      reinterpret_cast<TokenFactors*>(factors.at_least(tokens * sizeof(TokenFactors)));
   const Activations values =
-      in_integers   ? prepared_integers(with, layout, x, type, tokens, token_scales, activations)
+      integers != nullptr
+          ? prepared_integers(*integers, layout, x, type, tokens, token_factors, activations)
       : in_bfloat16 ? prepared_bfloat16(layout, x, tokens, activations)
                     : prepared_float32(layout, x, type, tokens, with.lanes, activations);
-  const Scales missing{scales, token_scales, rows};
+  const Factors missing{scales, token_factors, rows};
   const Output output{y, type, bias, static_cast<Type>(bias_type), rows};
   const Batch* batch = batches.data();
   const int64_t n_batches = static_cast<int64_t>(batches.size());
@@ -310,8 +320,8 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
     for (int64_t b = 0; b < n_batches; ++b) {
       float products[kMaxTokens * kRowBlock];
       const int64_t offset = row * row_table;
-      if (in_integers)
-        rows_of_batch(with.dot_integers, layout, at, count, batch[b], offset, stored, values,
+      if (integers != nullptr)
+        rows_of_batch(integers->dot, layout, at, count, batch[b], offset, stored, values,
                       products);
       else if (in_bfloat16)
         rows_of_batch(with.dot_bfloat16, layout, at, count, batch[b], offset, stored, values,
@@ -319,7 +329,7 @@ int64_t spallm_lut_linear(const uint8_t* packed, int64_t rows, int64_t columns, 
       else
         rows_of_batch(with.dot_float32, layout, at, count, batch[b], offset, stored, values,
                       products);
-      if (in_integers) missing.apply(batch[b], row, count, products);
+      if (integers != nullptr) missing.apply(batch[b], row, count, products);
       output.put(batch[b], row, count, products);
     }
   }

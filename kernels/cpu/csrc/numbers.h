@@ -51,6 +51,6 @@ inline void store(char* base, int64_t index, Type type, float value) {
       type == kBfloat16 ? to_bfloat16(value) : to_float16(value);
 }
 
-inline int64_t size_of(Type type) { return type == kFloat32 ? 4 : 2; }
+inline int64_t size_of(Type type) { return type == kFloat32 ? 4 : type == kByte ? 1 : 2; }
 
 }  // namespace spallm

@@ -71,7 +71,7 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
 }
 
 const Kernels kScalar = {
-    1, nullptr, dot_float32, nullptr, nullptr, 1, decode<float, same>, decode<uint16_t, rounded>,
+    1, nullptr, dot_float32, nullptr, nullptr, decode<float, same>, decode<uint16_t, rounded>,
     scalar_bucket_sums, dense_rows<16>,
 };
 

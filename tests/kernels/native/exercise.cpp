@@ -15,7 +15,7 @@
 
 extern "C" {
 int32_t spallm_cpu_level();
-int32_t spallm_cpu_integers(int32_t);
+int32_t spallm_cpu_integers(int32_t, int32_t);
 int64_t spallm_lut_linear(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
                           const float*, int64_t, const char*, int32_t, int64_t, const int32_t*,
                           const char*, int32_t, char*, int32_t);
@@ -24,7 +24,7 @@ void spallm_decode(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const cha
                    int32_t, int32_t);
 void spallm_bucket_sums(const uint8_t*, int64_t, int64_t, int64_t, int32_t, const char*, int32_t,
                         float*, int32_t);
-void spallm_tables_to_integers(const float*, int64_t, int64_t, int16_t*, float*);
+void spallm_tables_to_integers(const float*, int64_t, int64_t, int32_t, void*, float*);
 void spallm_pack(const uint8_t*, int64_t, int64_t, int64_t, int32_t, uint8_t*);
 void spallm_unpack(uint8_t*, int64_t, int64_t, int64_t, int32_t, const uint8_t*);
 }
@@ -90,15 +90,17 @@ void repack(const Layout& layout) {
 
 // Tables in integers, and the same in float32.
 void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t tokens, int64_t n_slots,
-                       const int32_t* slots, Type type, int32_t level) {
+                       const int32_t* slots, Type type, int32_t level, Type integers) {
   const int64_t row_entries = layout.groups * layout.entries(), rows = n_slots * layout.rows;
-  Buffer entries(rows * row_entries * 2), scales(rows * 4), floats(rows * row_entries * 4);
+  const int64_t most = integers == kByte ? 127 : 4096;
+  Buffer entries(rows * row_entries * size_of(integers)), scales(rows * 4), floats(rows * row_entries * 4);
   for (int64_t row = 0; row < rows; ++row) {
-    const float scale = static_cast<float>(pick(1, 9)) / 4096;
+    const float scale = static_cast<float>(pick(1, 9)) / static_cast<float>(most);
     reinterpret_cast<float*>(scales.data())[row] = scale;
     for (int64_t k = row * row_entries; k < (row + 1) * row_entries; ++k) {
-      const int64_t entry = pick(-4096, 4096);
-      reinterpret_cast<int16_t*>(entries.data())[k] = static_cast<int16_t>(entry);
+      const int64_t entry = pick(-most, most);
+      if (integers == kByte) entries.data()[k] = static_cast<char>(entry);
+      else reinterpret_cast<int16_t*>(entries.data())[k] = static_cast<int16_t>(entry);
       store(floats.data(), k, kFloat32, static_cast<float>(entry) * scale);
     }
   }
@@ -111,23 +113,26 @@ void exercise_integers(const Layout& layout, const uint8_t* codes, int64_t token
                           bias.data(), kFloat32, y.data(), level) != -1)
       fail(layout, "integers refused", level, 0, 0);
   };
-  multiply(entries, kInteger, reinterpret_cast<const float*>(scales.data()), found);
+  multiply(entries, integers, reinterpret_cast<const float*>(scales.data()), found);
   multiply(floats, kFloat32, nullptr, wanted);
-  // Of 1,200 products at most, each of up to nine times a normal number, by a few 10,000ths.
-  compare(layout, "integers", level, found.data(), wanted.data(), tokens * layout.rows, type, 0.3f);
+  // Of 1,200 products at most, each of up to nine times a normal number, by a few 10,000ths or by a
+  // few hundredths.
+  compare(layout, "integers", level, found.data(), wanted.data(), tokens * layout.rows, type,
+          integers == kByte ? 10.0f : 0.3f);
 }
 
 // Tables in float32 to integers: each at most half a unit from where it was.
-void exercise_to_integers(const Layout& layout) {
+void exercise_to_integers(const Layout& layout, Type type) {
   const int64_t entries = layout.groups * layout.entries();
   const Buffer tables = numbers(layout.rows * entries, kFloat32);
-  const Buffer whole(layout.rows * entries * 2), scales(layout.rows * 4);
+  const Buffer whole(layout.rows * entries * size_of(type)), scales(layout.rows * 4);
   spallm_tables_to_integers(reinterpret_cast<const float*>(tables.data()), layout.rows, entries,
-                            reinterpret_cast<int16_t*>(whole.data()),
-                            reinterpret_cast<float*>(scales.data()));
+                            type, whole.data(), reinterpret_cast<float*>(scales.data()));
   for (int64_t k = 0; k < layout.rows * entries; ++k) {
     const float scale = reinterpret_cast<const float*>(scales.data())[k / entries];
-    const float found = reinterpret_cast<const int16_t*>(whole.data())[k] * scale;
+    const int32_t integer = type == kByte ? reinterpret_cast<const int8_t*>(whole.data())[k]
+                                          : reinterpret_cast<const int16_t*>(whole.data())[k];
+    const float found = static_cast<float>(integer) * scale;
     const float wanted = load(tables.data(), k, kFloat32);
     if (!(std::fabs(found - wanted) <= 0.501f * scale))
       fail(layout, "to integers", 0, found, wanted);
@@ -194,10 +199,11 @@ void exercise(const Layout& layout) {
   }
   for (int32_t level = 0; level <= spallm_cpu_level(); ++level)
     for (const Type type : {kFloat32, kBfloat16, kFloat16})
-      if (spallm_cpu_integers(level))
-        exercise_integers(layout, codes, tokens, n_slots, slots.data(), type, level);
+      for (const Type integers : {kWord, kByte})
+        if (spallm_cpu_integers(level, integers))
+          exercise_integers(layout, codes, tokens, n_slots, slots.data(), type, level, integers);
   exercise_dense(layout, tokens);
-  exercise_to_integers(layout);
+  for (const Type integers : {kWord, kByte}) exercise_to_integers(layout, integers);
   slots[tokens - 1] = static_cast<int32_t>(n_slots);
   if (spallm_lut_linear(codes, layout.rows, layout.columns, layout.groups, layout.bits, nullptr, 0,
                         nullptr, n_slots, nullptr, 0, tokens, slots.data(), nullptr, 0, nullptr, 0) !=

@@ -19,7 +19,7 @@ namespace {
 // Quiet and signalling NaN, both infinities.
 constexpr int kNoNumber = 0x01 | 0x80 | 0x08 | 0x10;
 
-struct Integers : Avx512 {
+struct Words : Avx512 {
   using X = int16_t;
   using Values = __m512i;
   using Sum = __m512i;
@@ -75,15 +75,7 @@ INLINE __m512 with_neighbours(__m512 sums) {
   return _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
 }
 
-}  // namespace
-
-void avx512_dot_integers(const Layout& layout, const uint8_t* codes, int rows, const Batch& batch,
-                         const char* const* tables, Type type, const int16_t* const* x,
-                         float* products) {
-  dot<Integers>(layout, codes, rows, batch, tables, type, x, products);
-}
-
-float avx512_to_integers(const Layout& layout, const char* x, Type type, float*, int16_t* out) {
+TokenFactors to_words(const Layout& layout, const char* x, Type type, float*, int16_t* out) {
   const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
   __m512 largest = _mm512_setzero_ps(), first = largest, second = largest;
   __mmask16 strange = 0;
@@ -101,8 +93,8 @@ float avx512_to_integers(const Layout& layout, const char* x, Type type, float*,
       _mm512_max_ps(with_neighbours(first), with_neighbours(second)));
   // No number is among them, or their sum is beyond what float32 holds.
   const bool usable = strange == 0 && std::isfinite(most);
-  const IntegerScale scale(usable, _mm512_reduce_max_ps(largest), most,
-                           2 * layout.padded() / kStep);
+  const IntegerScale scale(usable, _mm512_reduce_max_ps(largest) / kLargestValue, most,
+                           kLargestWord, 2 * layout.padded() / kStep);
   const __m512 factor = _mm512_set1_ps(scale.inverse);
   for (int64_t g = 0; g < layout.groups; ++g)
     for (int64_t j = 0; j < padded_width; j += 16) {
@@ -110,8 +102,12 @@ float avx512_to_integers(const Layout& layout, const char* x, Type type, float*,
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out + g * padded_width + j),
                           _mm512_cvtsepi32_epi16(_mm512_cvtps_epi32(_mm512_mul_ps(values, factor))));
     }
-  return scale.value;
+  return {scale.value, 0.0f};
 }
+
+}  // namespace
+
+const IntegerKernels kAvx512Words = {dot<Words>, to_words, 1};
 
 }  // namespace spallm
 
