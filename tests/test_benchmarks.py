@@ -18,7 +18,6 @@ from spallm_serve.benchmarks.cli import app
 from spallm_serve.benchmarks.command import parse_pairs
 from spallm_serve.benchmarks.lloyd import lloyd_records
 from spallm_serve.benchmarks.model import write_random_llama
-from spallm_serve.benchmarks.peak_memory import peak_rss
 from spallm_serve.benchmarks.quality import RememberedLogits, chosen_peers
 from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
 from spallm_serve.benchmarks.resume import directory_digest
@@ -296,17 +295,6 @@ def test_training_benchmark_compares_steps_with_loras(
     assert (tmp_path / "found.png").read_bytes().startswith(b"\x89PNG")
     wrong = ["training", "--data", "x", "--variant", "lut/bits=2,groups_per_row=2"]
     assert CliRunner().invoke(app, wrong).exit_code == 2
-
-
-def test_peak_memory_is_that_of_the_whole_process() -> None:
-    small, large = (peak_rss(hold_bytes, count=count) for count in (1, 200_000_000))
-    assert 150_000_000 < large - small < 250_000_000
-    with pytest.raises(RuntimeError, match="hold_bytes"):
-        peak_rss(hold_bytes, size=1)
-
-
-def hold_bytes(count: int) -> None:
-    bytearray(b"a") * count
 
 
 def test_training_memory_trains_on_random_tokens(tmp_path: Path) -> None:

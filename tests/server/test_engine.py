@@ -18,6 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from spallm_serve.kernels.choice import keeps_bfloat16
 from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, fastest_integers
 from tests.server.engine_models import KINDS, greedy, make_adapter, make_base, oracle, shortfall
+from tests.server.warm_engines import WarmContext
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -44,21 +45,24 @@ def start(base: Path, integers: str = "0", **more: Any) -> LLM:
     """
     os.environ.update(ENVIRONMENT | {INTEGERS_VARIABLE: integers})
     from vllm import LLM
+    from vllm.v1.engine import utils
 
-    return LLM(
-        str(base),
-        max_model_len=64,
-        max_num_seqs=8,
-        seed=0,
-        enable_prefix_caching=False,
-        disable_log_stats=True,
-        **{
-            "dtype": "float32",
-            "enforce_eager": True,
-            "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
-        }
-        | more,
-    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(utils, "get_mp_context", WarmContext)
+        return LLM(
+            str(base),
+            max_model_len=64,
+            max_num_seqs=8,
+            seed=0,
+            enable_prefix_caching=False,
+            disable_log_stats=True,
+            **{
+                "dtype": "float32",
+                "enforce_eager": True,
+                "distributed_executor_backend": "vllm.v1.executor.uniproc_executor.UniProcExecutor",
+            }
+            | more,
+        )
 
 
 def stop(engine: LLM) -> None:

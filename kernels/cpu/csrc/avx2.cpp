@@ -68,6 +68,7 @@ struct Float32 {
   using Weights = Floats;
   static constexpr int kParts = 2, kPartColumns = 2 * kLanes, kStepsTogether = 1;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
+  static constexpr bool kSlotsInSpans = false;
 
   static INLINE Sum zero() { return _mm256_setzero_ps(); }
   static INLINE Codes codes(const uint8_t* at) { return at; }

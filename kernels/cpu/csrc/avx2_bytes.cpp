@@ -49,6 +49,7 @@ struct Bytes {
   using Weights = __m256i;
   static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = kAvx2IntegerSteps;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
+  static constexpr bool kSlotsInSpans = true;
 
   static INLINE Sum zero() { return _mm256_setzero_si256(); }
   static INLINE Codes codes(const uint8_t* at) { return at; }

@@ -45,6 +45,7 @@ struct Avx512 {
   using Index = __m512i;
   static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = 1;
   static constexpr int kFewTokens = 2, kFewRows = 4, kManyRows = 2;
+  static constexpr bool kSlotsInSpans = false;
 
   static INLINE Sum zero() { return _mm512_setzero_ps(); }
   static INLINE Codes codes(const uint8_t* at) { return _mm512_loadu_si512(at); }

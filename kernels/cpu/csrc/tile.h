@@ -11,6 +11,7 @@
 //     kStepsTogether                 // where their columns are mixed, in all but whole blocks
 //     kFewTokens, kFewRows           // up to so many tokens take so many rows at a time
 //     kManyRows                      // more tokens than that
+//     kSlotsInSpans                  // whether activations are fetched more slowly than looked up for
 //     zero(), codes(at), index<Bits, Step, Part, Whole>(chunks), table<Bits>(entries, type),
 //     look_up<Bits>(index, table), values(x), multiply_add(sum, values, weights),
 //     lane_sums(four sums, out)
@@ -39,7 +40,7 @@ constexpr int kBlockChunks = Bits == 3 ? 3 : 1;
 
 // Of activations: more of all tokens than the first do not stay in the first cache, beside codes and
 // sums, and so many of a span do.
-constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;
+constexpr int64_t kCacheBytes = 32 << 10, kSpanBytes = 16 << 10;
 
 // Of one part of a step: the even columns, then the odd ones, as codes lie in the halves of a word.
 template <typename Register>
@@ -215,11 +216,15 @@ DotTiles<Math> dot_for(const Layout& layout, const Batch& batch) {
   constexpr int kLeastSlots = Least < 2 ? 2 : Least;  // one token is of one slot
   constexpr auto kTokens = std::make_integer_sequence<int, MostTokens - Least + 1>{};
   constexpr auto kSlots = std::make_integer_sequence<int, MostSlots - kLeastSlots + 1>{};
-  // With a slot for each token it is look-ups that take the time.
+  const bool fit =
+      batch.count * layout.padded() * int64_t{sizeof(typename Math::X)} <= kCacheBytes;
+  if constexpr (Math::kSlotsInSpans && Least > Math::kFewTokens) {
+    if (!batch.one_slot && !fit)
+      return dot_for<Math, Bits, Rows, false, true, kLeastSlots>(batch.count, kSlots);
+  }
   if (!batch.one_slot) return dot_for<Math, Bits, Rows, false, false, kLeastSlots>(batch.count, kSlots);
   if constexpr (Least > Math::kFewTokens) {
-    if (batch.count * layout.padded() * int64_t{sizeof(typename Math::X)} > kCacheBytes)
-      return dot_for<Math, Bits, Rows, true, true, Least>(batch.count, kTokens);
+    if (!fit) return dot_for<Math, Bits, Rows, true, true, Least>(batch.count, kTokens);
   }
   return dot_for<Math, Bits, Rows, true, false, Least>(batch.count, kTokens);
 }
