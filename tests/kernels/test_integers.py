@@ -269,14 +269,15 @@ def test_products_are_within_the_rounding_of_both_factors(
 
 
 @able
+@pytest.mark.parametrize("entry", [-1.0, 1.0])
 @pytest.mark.parametrize("columns", [32, 576, 11008, 400_000])
 @pytest.mark.parametrize("bits", [2, 3, 4])
 def test_sums_as_large_as_they_can_be_do_not_overflow(
-    bits: int, columns: int, level: str, dtype: torch.dtype
+    bits: int, columns: int, entry: float, level: str, dtype: torch.dtype
 ) -> None:
     """All products of one sign and size: activations of many columns get fewer bits for it."""
     codes = torch.zeros(3, columns, dtype=torch.uint8)
-    tables = torch.full((1, 3, 1, 1 << bits), -1.0)
+    tables = torch.full((1, 3, 1, 1 << bits), entry)
     x = torch.ones(5, columns)
     x[1] = -1
     x[2, columns // 2 :] = 0
@@ -308,21 +309,45 @@ def test_a_token_has_the_same_product_whatever_others_there_are(
 
 
 @able
+@pytest.mark.parametrize(("groups", "width"), [(1, 4001), (3, 1399), (9, 700), (40, 101)])
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_wide_layers_are_multiplied_in_spans(
+    bits: int, groups: int, width: int, level: str, dtype: torch.dtype
+) -> None:
+    """Activations do not fit the first cache; a span may end within a group. To the bit what one
+    token alone has, which takes no spans."""
+    codes, tables = layer(37, groups * width, bits, groups, 9, 0)
+    x = torch.randn(11, groups * width, generator=torch.Generator().manual_seed(1))
+    for slots in ([1] * 8, [3, 0, 2], [4, 1, 2, 3], [5, 0, 1, 2, 8, 6, 7, 3], [2, 2, 2, 0, 1, 3]):
+        some = x[: len(slots)].contiguous()
+        together = multiply(some, codes, tables, torch.tensor(slots).int(), level, dtype)
+        weights = dense(codes, from_integers(*to_integers(tables, dtype)))[slots]
+        expected = torch.einsum("tc,trc->tr", some.double(), weights)
+        size = weights.square().sum(2).sqrt()  # of products with normal numbers
+        assert ((together.double() - expected).abs() <= 0.03 * size).all()
+        for token, slot in enumerate(slots):
+            only = some[token : token + 1], codes, tables[slot : slot + 1]
+            alone = multiply(*only, None, level, dtype)
+            assert torch.equal(alone[0], together[token])
+
+
+@able
 def test_activations_that_are_no_numbers_or_nothing(level: str, dtype: torch.dtype) -> None:
     codes, tables = layer(4, 64, 4, 2, 1, 0)
-    x = torch.randn(8, 64, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(9, 64, generator=torch.Generator().manual_seed(0))
     usual = multiply(x, codes, tables, None, level, dtype)
     x[1, 3], x[2, 63], x[3] = torch.nan, -torch.inf, 0
     x[4] *= 1e-37
     x[5] *= 1e30
     x[6] *= 1e36
     x[7] *= 1e38
+    x[8] *= 1e-28
     y = multiply(x, codes, tables, None, level, dtype)
     assert torch.equal(y[0], usual[0])
     assert y[1:3].isnan().all()
     assert not y[3].any() and y[4].abs().max() < 1e-35
     off = 1e-3 if dtype == torch.int16 else 5e-2
-    for token, factor in ((5, 1e30), (6, 1e36)):
+    for token, factor in ((5, 1e30), (6, 1e36), (8, 1e-28)):
         torch.testing.assert_close(y[token] / factor, usual[token], rtol=off, atol=off)
     # Beyond what float32 adds: right or no number, never another one.
     wrong = (y[7] / 1e38 - usual[7]).abs() > 10 * off

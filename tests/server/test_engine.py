@@ -18,7 +18,7 @@ from hypothesis.stateful import RuleBasedStateMachine, rule, run_state_machine_a
 from spallm_serve.kernels.choice import keeps_bfloat16
 from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, fastest_integers
 from tests.server.engine_models import KINDS, greedy, make_adapter, make_base, oracle, shortfall
-from tests.server.warm_engines import WarmContext
+from tests.server.warm_engines import WarmContext, ended_afterwards
 
 if TYPE_CHECKING:
     from vllm import LLM
@@ -63,6 +63,12 @@ def start(base: Path, integers: str = "0", **more: Any) -> LLM:
             }
             | more,
         )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def warm() -> Iterator[None]:
+    with ended_afterwards():
+        yield
 
 
 def stop(engine: LLM) -> None:
@@ -120,7 +126,7 @@ def test_a_base_answers_as_with_transformers(name: str, integers: str, tmp_path:
     if integers == "0":
         assert found == [greedy(model, prompt, TOKENS) for model, prompt in asked_of]
     for (model, prompt), answer in zip(asked_of, found, strict=True):
-        assert shortfall(model, prompt, answer) < 0.05
+        assert shortfall(model, prompt, answer) < (0.5 if integers == "" else 0.05)
 
 
 @pytest.mark.parametrize(("name", "eager"), [("llama-tied", False), ("mistral", True)])

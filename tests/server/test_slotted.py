@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from spallm_serve.errors import UserError
-from spallm_serve.kernels.choice import FORCE_VARIABLE
+from spallm_serve.kernels.choice import FORCE_VARIABLE, integers_held
 from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, why_no_integers
 from spallm_serve.kernels.cpu.library import LEVELS, best_level
 from spallm_serve.kernels.held_tables import HeldTables
@@ -149,10 +149,10 @@ def test_shares_make_the_whole(bits: int, groups: int, workers: int, seed: int) 
             return
         part = SlottedLinear.of([shard.sketched(whole.planes, whole.tables)], 1, torch.float32)
         by_columns += part(shard.inputs(x), None, StepSlots())
-    # Tables may be held as integers, and a share's rows in units of their own. A share that is
-    # missing would be wrong by several units.
-    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=0.2)
-    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=0.2)
+    # Tables may be held as integers, and a share's rows in units of their own.
+    off = 0.2 if integers_held("cpu", torch.float32) == torch.int8 else 1e-2
+    torch.testing.assert_close(torch.cat(by_rows, 1).double(), expected, rtol=1e-3, atol=off)
+    torch.testing.assert_close(by_columns.double(), expected, rtol=1e-3, atol=off)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4])

@@ -4,8 +4,11 @@ takes: they are forked off one that did so and nothing else."""
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import forkserver
 from multiprocessing.context import ForkServerContext, ForkServerProcess
-from typing import Any
+from pathlib import Path
 
 # What an engine's process imports, and its worker, which is in the same process.
 _IMPORTS = [
@@ -20,12 +23,16 @@ _IMPORTS = [
 class WarmProcess(ForkServerProcess):
     """Has its parent's environment, as one that is spawned; not that of what it is forked off."""
 
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
+    _environment: dict[str, str]
+
+    def start(self) -> None:
+        """As ever; what modules read while they are imported is as it was at the first start."""
         self._environment = dict(os.environ)
+        super().start()
 
     def run(self) -> None:
         """What it was made for."""
+        assert len([*Path("/proc/self/task").iterdir()]) == 1, "threads do not outlive a fork"
         os.environ.clear()
         os.environ.update(self._environment)
         super().run()
@@ -39,3 +46,12 @@ class WarmContext(ForkServerContext):
     def __init__(self) -> None:
         super().__init__()
         self.set_forkserver_preload(_IMPORTS)
+
+
+@contextmanager
+def ended_afterwards() -> Iterator[None]:
+    """What processes are forked off holds the memory of all that it imported."""
+    try:
+        yield
+    finally:
+        forkserver._forkserver._stop()  # type: ignore[attr-defined]

@@ -69,6 +69,7 @@ struct Float32 {
   static constexpr int kParts = 2, kPartColumns = 2 * kLanes, kStepsTogether = 1;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
   static constexpr bool kSlotsInSpans = false;
+  static constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;
 
   static INLINE Sum zero() { return _mm256_setzero_ps(); }
   static INLINE Codes codes(const uint8_t* at) { return at; }

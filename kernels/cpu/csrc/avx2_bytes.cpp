@@ -50,6 +50,7 @@ struct Bytes {
   static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = kAvx2IntegerSteps;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
   static constexpr bool kSlotsInSpans = true;
+  static constexpr int64_t kCacheBytes = 32 << 10, kSpanBytes = 16 << 10;
 
   static INLINE Sum zero() { return _mm256_setzero_si256(); }
   static INLINE Codes codes(const uint8_t* at) { return at; }

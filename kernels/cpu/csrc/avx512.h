@@ -46,6 +46,7 @@ struct Avx512 {
   static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = 1;
   static constexpr int kFewTokens = 2, kFewRows = 4, kManyRows = 2;
   static constexpr bool kSlotsInSpans = false;
+  static constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;
 
   static INLINE Sum zero() { return _mm512_setzero_ps(); }
   static INLINE Codes codes(const uint8_t* at) { return _mm512_loadu_si512(at); }

@@ -11,7 +11,9 @@
 //     kStepsTogether                 // where their columns are mixed, in all but whole blocks
 //     kFewTokens, kFewRows           // up to so many tokens take so many rows at a time
 //     kManyRows                      // more tokens than that
-//     kSlotsInSpans                  // whether activations are fetched more slowly than looked up for
+//     kCacheBytes, kSpanBytes        // of activations: more of all tokens than the first do not stay in
+//                                    // the first cache, beside codes and sums; so many of a span do
+//     kSlotsInSpans                  // tokens of several slots, too: not what is slow to look up for
 //     zero(), codes(at), index<Bits, Step, Part, Whole>(chunks), table<Bits>(entries, type),
 //     look_up<Bits>(index, table), values(x), multiply_add(sum, values, weights),
 //     lane_sums(four sums, out)
@@ -37,10 +39,6 @@ template <int Bits>
 constexpr int kBlockSteps = Bits == 4 ? 4 : Bits == 3 ? 16 : 8;  // whole chunks' worth
 template <int Bits>
 constexpr int kBlockChunks = Bits == 3 ? 3 : 1;
-
-// Of activations: more of all tokens than the first do not stay in the first cache, beside codes and
-// sums, and so many of a span do.
-constexpr int64_t kCacheBytes = 32 << 10, kSpanBytes = 16 << 10;
 
 // Of one part of a step: the even columns, then the odd ones, as codes lie in the halves of a word.
 template <typename Register>
@@ -139,7 +137,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
   constexpr int kSteps = kBlockSteps<Bits>;
   constexpr int64_t kBlockBytes = kBlockChunks<Bits> * kChunk;
   constexpr int64_t kFit =
-      kSpanBytes / (Tokens * sizeof(typename Math::X) * kSteps * kStep), kSpan = kFit > 1 ? kFit : 1;
+      Math::kSpanBytes / (Tokens * sizeof(typename Math::X) * kSteps * kStep), kSpan = kFit > 1 ? kFit : 1;
   constexpr auto kEach = std::make_integer_sequence<int, kSteps>{};
   using Sums = Tile<Math, Bits, Rows, Tokens, OneSlot>;
   const int64_t padded_steps = layout.steps_filled_up_to(Math::kStepsTogether);
@@ -217,7 +215,7 @@ DotTiles<Math> dot_for(const Layout& layout, const Batch& batch) {
   constexpr auto kTokens = std::make_integer_sequence<int, MostTokens - Least + 1>{};
   constexpr auto kSlots = std::make_integer_sequence<int, MostSlots - kLeastSlots + 1>{};
   const bool fit =
-      batch.count * layout.padded() * int64_t{sizeof(typename Math::X)} <= kCacheBytes;
+      batch.count * layout.padded() * int64_t{sizeof(typename Math::X)} <= Math::kCacheBytes;
   if constexpr (Math::kSlotsInSpans && Least > Math::kFewTokens) {
     if (!batch.one_slot && !fit)
       return dot_for<Math, Bits, Rows, false, true, kLeastSlots>(batch.count, kSlots);
