@@ -21,7 +21,7 @@ constexpr int64_t kChunk = 64;
 constexpr int kMaxTokens = 8;  // of one slot that one pass over a row serves
 constexpr int kMaxSlots = 4;   // of different slots: their tables take registers too
 #else  // for a build with sanitizers, which has as much to compile for every number of tokens
-constexpr int kMaxTokens = 4;
+constexpr int kMaxTokens = 3;
 constexpr int kMaxSlots = 3;
 #endif
 // Rows that are done for one batch of tokens before the next: their codes stay in the first cache.
