@@ -36,29 +36,14 @@ constexpr float kLargestFactor = 32766.0f;
 // factor that is rounded up makes it larger.
 constexpr float kLargestShare = 255.0f * 128 / 127;
 
-struct Bytes {
-  using X = int16_t;  // of a step: 32 integers of 8 bits, then the factors of their 16 pairs
-  using Values = Pair<__m256i>;
-  using Sum = __m256i;
-  using Codes = const uint8_t*;
-  template <int Bits>
-  using Index = __m256i;
+// X of a step: 32 integers of 8 bits, then the factors of their 16 pairs.
+struct Bytes : Avx2Integers {
   template <int Bits>
   using Table = __m256i;
   template <int Bits>
   using Weights = __m256i;
-  static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = kAvx2IntegerSteps;
-  static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
   static constexpr bool kSlotsInSpans = true;
   static constexpr int64_t kCacheBytes = 32 << 10, kSpanBytes = 16 << 10;
-
-  static INLINE Sum zero() { return _mm256_setzero_si256(); }
-  static INLINE Codes codes(const uint8_t* at) { return at; }
-
-  template <int Bits, int Step, int Part, bool Whole>
-  static INLINE __m256i index(const Codes* chunk) {
-    return unit_codes<Bits, Step, Whole>(chunk);
-  }
 
   template <int Bits>
   static INLINE __m256i table(const char* entries, Type) {
@@ -81,21 +66,12 @@ struct Bytes {
     return _mm256_shuffle_epi8(table, index);
   }
 
-  static INLINE Values values(const int16_t* x) {
-    const auto* at = reinterpret_cast<const __m256i*>(x);
-    return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
-  }
-
   static INLINE Sum multiply_add(Sum sum, const Values& values, __m256i weights) {
     const __m256i pairs = _mm256_maddubs_epi16(weights, values.even);
     sum = _mm256_add_epi32(sum, _mm256_madd_epi16(pairs, values.odd));
     // Else the compiler adds up in an order of its own, for which it keeps all products of a block.
     asm("" : "+x"(sum));
     return sum;
-  }
-
-  static INLINE void lane_sums(Sum a, Sum b, Sum c, Sum d, float* out) {
-    integer_lane_sums(a, b, c, d, out);
   }
 };
 

@@ -115,13 +115,37 @@ INLINE float largest_of(__m256 values) {
   return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
 }
 
-// Sums of integers, a register each, to one number each.
-INLINE void integer_lane_sums(__m256i a, __m256i b, __m256i c, __m256i d, float* out) {
-  // A lane's sum fits 32 bits, that of all lanes need not.
-  const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)),
-                                    _mm256_hadd_ps(_mm256_cvtepi32_ps(c), _mm256_cvtepi32_ps(d)));
-  _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
-}
+// What both kinds of integers share of what tile.h asks for.
+struct Avx2Integers {
+  using X = int16_t;
+  using Values = Pair<__m256i>;
+  using Sum = __m256i;
+  using Codes = const uint8_t*;
+  template <int Bits>
+  using Index = __m256i;
+  static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = kAvx2IntegerSteps;
+  static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
+
+  static INLINE Sum zero() { return _mm256_setzero_si256(); }
+  static INLINE Codes codes(const uint8_t* at) { return at; }
+
+  template <int Bits, int Step, int Part, bool Whole>
+  static INLINE __m256i index(const Codes* chunk) {
+    return unit_codes<Bits, Step, Whole>(chunk);
+  }
+
+  static INLINE Values values(const int16_t* x) {
+    const auto* at = reinterpret_cast<const __m256i*>(x);
+    return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
+  }
+
+  static INLINE void lane_sums(Sum a, Sum b, Sum c, Sum d, float* out) {
+    // A lane's sum fits 32 bits, that of all lanes need not.
+    const __m256 all = _mm256_hadd_ps(_mm256_hadd_ps(_mm256_cvtepi32_ps(a), _mm256_cvtepi32_ps(b)),
+                                      _mm256_hadd_ps(_mm256_cvtepi32_ps(c), _mm256_cvtepi32_ps(d)));
+    _mm_store_ps(out, _mm_add_ps(_mm256_castps256_ps128(all), _mm256_extractf128_ps(all, 1)));
+  }
+};
 
 }  // namespace
 }  // namespace spallm

@@ -34,29 +34,13 @@ constexpr auto kOrder = [] {
   return order;
 }();
 
-struct Words {
-  using X = int16_t;
-  using Values = Pair<__m256i>;
-  using Sum = __m256i;
-  using Codes = const uint8_t*;
-  template <int Bits>
-  using Index = __m256i;
+struct Words : Avx2Integers {
   template <int Bits>
   using Table = Halves;
   template <int Bits>
   using Weights = Pair<__m256i>;
-  static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = kAvx2IntegerSteps;
-  static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
   static constexpr bool kSlotsInSpans = false;
   static constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;
-
-  static INLINE Sum zero() { return _mm256_setzero_si256(); }
-  static INLINE Codes codes(const uint8_t* at) { return at; }
-
-  template <int Bits, int Step, int Part, bool Whole>
-  static INLINE __m256i index(const Codes* chunk) {
-    return unit_codes<Bits, Step, Whole>(chunk);
-  }
 
   template <int Bits>
   static INLINE Halves table(const char* entries, Type) {
@@ -81,11 +65,6 @@ struct Words {
     return {_mm256_unpacklo_epi8(low, high), _mm256_unpackhi_epi8(low, high)};
   }
 
-  static INLINE Pair<__m256i> values(const int16_t* x) {
-    const auto* at = reinterpret_cast<const __m256i*>(x);
-    return {_mm256_loadu_si256(at), _mm256_loadu_si256(at + 1)};
-  }
-
   static INLINE Sum multiply_add(Sum sum, const Pair<__m256i>& values,
                                  const Pair<__m256i>& weights) {
     sum = _mm256_add_epi32(sum, _mm256_add_epi32(_mm256_madd_epi16(values.even, weights.even),
@@ -93,10 +72,6 @@ struct Words {
     // Else the compiler adds up in an order of its own, for which it keeps all products of a block.
     asm("" : "+x"(sum));
     return sum;
-  }
-
-  static INLINE void lane_sums(Sum a, Sum b, Sum c, Sum d, float* out) {
-    integer_lane_sums(a, b, c, d, out);
   }
 };
 
