@@ -39,6 +39,8 @@ class MethodTrainer(Trainer):  # type: ignore[misc]
         callbacks: more of transformers'.
     """
 
+    control: Any  # transformers is not analysed
+
     def __init__(
         self,
         method: Method,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from peft.tuners.lora import LoraLayer
 from torch import nn
@@ -65,9 +66,8 @@ class Installed:
             self._by_columns.append(linear)
 
     def _replace(self, parent: nn.Module, name: str, module: nn.Module) -> None:
-        current: nn.Module = getattr(parent, name)
+        current: Any = getattr(parent, name)
         if isinstance(current, LoraLayer):
-            assert isinstance(current, nn.Module)
             parent, name, current = current, "base_layer", current.get_base_layer()
         self._replaced.append((parent, name, current))
         setattr(parent, name, module.train(current.training))
