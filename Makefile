@@ -38,7 +38,7 @@ lint: setup
 	$(BIN)/lint-imports
 
 test: lint
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest -n $(JOBS)
 
 demo: setup
 	$(BIN)/python -m spallm_serve.benchmarks.demo $(if $(QUICK),--quick)

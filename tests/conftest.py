@@ -1,4 +1,5 @@
-"""Databases that tests of the store and of the server share; and what Triton must find first."""
+"""Databases that tests of the store and of the server share; what Triton must find first; and which
+tests run where."""
 
 from __future__ import annotations
 
@@ -6,6 +7,7 @@ import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     # One of several processes: with all threads in each they would wait for one another. Before
@@ -15,6 +17,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 import psycopg
 import pytest
 import torch
+from xdist.scheduler import LoadFileScheduling
 
 from tests.adapters_store import postgres
 
@@ -43,3 +46,37 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     with psycopg.connect(url.format(database="postgres"), autocommit=True) as connection:
         connection.execute(f"CREATE DATABASE {name}")
     return url.format(database=name)
+
+
+# They share a server, which takes as long to start as all that they ask it; the last of them ends it.
+OF_ONE_SERVER = (
+    "tests/server/test_engine_routes.py", "tests/server/test_openai_client.py",
+    "tests/server/test_server.py", "tests/server/test_shutdown.py",
+)  # fmt: skip
+# A minute or more, longest first, so that both processes end at about the same time.
+LONGEST = (
+    "tests/server/test_engine.py", "tests/e2e/test_smollm2.py", *OF_ONE_SERVER,
+    "tests/test_native_memory.py", "tests/test_benchmarks.py",
+    "tests/spallm_serve/trainer/test_run.py", "tests/spallm_serve/trainer/test_cli.py",
+    "tests/server/test_engine_benchmark.py", "tests/adapters_store/test_processes.py",
+)  # fmt: skip
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What is quick comes first."""
+    places = {name: place for place, name in enumerate(LONGEST, 1)}
+    items.sort(key=lambda item: places.get(item.nodeid.split("::")[0], 0))
+
+
+class _Scheduling(LoadFileScheduling):
+    """A file's tests go to one process, and those of one server."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        name = super()._split_scope(nodeid)
+        return "one server" if name in OF_ONE_SERVER else name
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> LoadFileScheduling:
+    """In the order in which they were collected."""
+    config.option.loadscopereorder = False
+    return _Scheduling(config, log)

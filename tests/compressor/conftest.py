@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from spallm_serve.compressor import native
+from spallm_serve.compressor import native, publish
 
 
 @pytest.fixture(params=["native", "torch"], scope="module")
@@ -19,3 +19,9 @@ def loops(request: pytest.FixtureRequest) -> Iterator[str]:
         elif native.library() is None:
             pytest.skip("the compressor's native loops were not built")
         yield request.param
+
+
+@pytest.fixture
+def without_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests of what is compressed: the plots take longer than a tiny model does."""
+    monkeypatch.setattr(publish, "write_report", lambda record, path: None)

@@ -18,6 +18,8 @@ from spallm_serve.shards import ShardReader
 from spallm_serve.sketch import Sketch
 from tests.tiny_models import CONFIGS, save_tiny
 
+pytestmark = pytest.mark.usefixtures("without_report")
+
 QUICK = {"samples": 4, "seqlen": 16, "estimator_rank": 2}
 
 

@@ -33,9 +33,10 @@ def texts(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 def test_four_bits_stay_close_to_the_original(texts: tuple[Path, Path], tmp_path: Path) -> None:
     calibration, held_out = texts
     output = tmp_path / "four-bit"
+    unpacked = resolve_model(str(packaged_gguf()), tmp_path / "original")
     arguments = [
-        str(packaged_gguf()), "--bits", "4", "--calibration", str(calibration),
-        "--samples", "4", "--seqlen", "256", "-o", str(output),
+        str(unpacked), "--bits", "4", "--calibration", str(calibration),
+        "--samples", "2", "--seqlen", "256", "-o", str(output),
     ]  # fmt: skip
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
@@ -45,7 +46,7 @@ def test_four_bits_stay_close_to_the_original(texts: tuple[Path, Path], tmp_path
     assert record.bits_per_weight == pytest.approx(4.375, abs=0.01)
     assert not (output / ".unfinished").exists()
 
-    original = load_model(resolve_model(str(packaged_gguf()), tmp_path / "original"))
+    original = load_model(unpacked)
     compressed, tokenizer = load_model(output), load_tokenizer(output)
     windows = file_windows(held_out, tokenizer, 256, 4)
     found = compare(original, compressed, windows)

@@ -215,20 +215,23 @@ def test_evaluation_and_early_stop(sketched_base: Path, rows: Path, tmp_path: Pa
 
 
 def test_killed_and_taken_up(sketched_base: Path, rows: Path, tmp_path: Path) -> None:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    for name in ("whole", "killed"):
-        arguments = command(sketched_base, rows, tmp_path / name, "--steps", "30")
-        if name == "killed":
-            process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL)
-            unfinished = tmp_path / name / ".unfinished"
-            deadline = time.monotonic() + 200
-            while not list(unfinished.glob("checkpoint-*/complete")):
-                assert process.poll() is None
-                assert time.monotonic() < deadline
-                time.sleep(0.02)
-            process.send_signal(signal.SIGKILL)
-            process.wait()
-            assert not (tmp_path / name / "adapter_config.json").exists()
-        subprocess.run(arguments, env=environment, check=True, timeout=300)
+    whole, killed = (
+        command(sketched_base, rows, tmp_path / name, "--steps", "30")
+        for name in ("whole", "killed")
+    )
+    environment = os.environ | {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = subprocess.Popen(killed, env=environment, stdout=subprocess.DEVNULL)
+    unfinished = tmp_path / "killed" / ".unfinished"
+    deadline = time.monotonic() + 200
+    while not list(unfinished.glob("checkpoint-*/complete")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "adapter_config.json").exists()
+    subprocess.run(killed, env=environment, check=True, timeout=300)
+    code, output = run(*whole[1:])
+    assert code == 0, output
     for file in ("adapter_config.json", "adapter_model.safetensors"):
         assert (tmp_path / "killed" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes()
