@@ -48,7 +48,7 @@ def database(request: pytest.FixtureRequest, tmp_path: Path) -> str:
     return url.format(database=name)
 
 
-# They share a server, which takes as long to start as all that they ask it; the last of them ends it.
+# They share a server, which takes as long to start as all that they ask it; the last one ends it.
 OF_ONE_SERVER = (
     "tests/server/test_engine_routes.py", "tests/server/test_openai_client.py",
     "tests/server/test_server.py", "tests/server/test_shutdown.py",
