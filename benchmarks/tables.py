@@ -1,8 +1,9 @@
-"""Markdown tables out of result files, for the README."""
+"""Markdown tables out of result files."""
 
 from __future__ import annotations
 
 from spallm_serve.benchmarks.records import BenchmarkResults, Record
+from spallm_serve.errors import UserError
 
 # Column of the kernels' table -> tokens, tenants, metric and what is in the peer's name.
 _KERNEL_COLUMNS = {
@@ -22,9 +23,19 @@ _HEADER = (
 
 
 def result_table(found: BenchmarkResults) -> str:
-    """The kernels' table where the file is of that benchmark, else the quality table."""
-    is_of_kernels = all(record.bench == "kernels" for record in found.records)
-    return kernel_table(found) if is_of_kernels else quality_table(found)
+    """Of a file of the kernels' benchmark or of that of quality.
+
+    Raises:
+        UserError: of another.
+    """
+    benches = {record.bench for record in found.records}
+    if benches == {"kernels"}:
+        return kernel_table(found)
+    if all("bits_per_weight" in record.case for record in found.records):
+        return quality_table(found)
+    raise UserError(
+        f"results of {', '.join(sorted(benches))}: expected those of kernels or quality"
+    )
 
 
 def kernel_table(found: BenchmarkResults) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -123,8 +125,10 @@ def load_settings(flags: dict[str, Any], file: Path | None) -> ServerSettings:
         file: YAML, or None.
 
     Raises:
-        UserError: one that is missing, unknown or out of range, or a file that cannot be read.
+        UserError: one that is missing, unknown, misspelt or out of range, or a file that cannot be
+            read.
     """
+    _refuse_misspelt_variables()
 
     class Gathered(ServerSettings):
         in_file = read_config(file) if file is not None else {}
@@ -135,3 +139,19 @@ def load_settings(flags: dict[str, Any], file: Path | None) -> ServerSettings:
         problem = error.errors()[0]
         field = ".".join(str(part) for part in problem["loc"]) or "settings"
         raise UserError(f"{field}: {problem['msg']} (given: {problem['input']!r})") from error
+
+
+def _refuse_misspelt_variables() -> None:
+    """Others may begin like ours: Kubernetes makes variables of the names of services."""
+    prefix = ServerSettings.model_config["env_prefix"]
+    known = [prefix + name.upper() for name in ServerSettings.model_fields]
+    for variable in os.environ:
+        if variable.startswith(prefix) and variable not in known:
+            meant = get_close_matches(
+                variable.removeprefix(prefix).lower(), ServerSettings.model_fields, 1, 0.8
+            )
+            if meant:
+                raise UserError(
+                    f"{variable} in the environment is no setting; "
+                    f"is {prefix}{meant[0].upper()} meant?"
+                )

@@ -69,6 +69,16 @@ def test_table_has_ours_in_bold_and_most_bits_first(tmp_path: Path) -> None:
     assert CliRunner().invoke(app, ["table", str(tmp_path / "absent.json")]).exit_code == 2
 
 
+def test_there_is_no_table_of_other_results(tmp_path: Path) -> None:
+    write_results(
+        results([Record(bench="engine", case={"tenants": 8}, metric="tokens_s", ours=30)]),
+        tmp_path / "found.json",
+    )
+    printed = CliRunner().invoke(app, ["table", str(tmp_path / "found.json")])
+    assert printed.exit_code == 2
+    assert "results of engine" in printed.output
+
+
 def test_random_llama_is_a_whole_model(tmp_path: Path) -> None:
     source = open_source(str(write_random_llama(tmp_path / "llama", 1)), tmp_path / "none")
     model = skeleton(source.config)

@@ -56,3 +56,27 @@ def test_a_secret_is_not_shown() -> None:
     found = load_settings({"base": "b", "cache_secret": "ab" * 32}, None)
     assert found.secret_bytes() == b"\xab" * 32
     assert "abab" not in repr(found)
+
+
+@pytest.mark.parametrize(
+    ("variable", "meant"),
+    [
+        ("SPALLM_PINED_SLOTS", "SPALLM_PINNED_SLOTS"),
+        ("SPALLM_DRAIN_SECOND", "SPALLM_DRAIN_SECONDS"),
+    ],
+)
+def test_a_misspelt_variable_is_refused(
+    variable: str, meant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, "2")
+    with pytest.raises(UserError, match=f"{variable} .* {meant} meant"):
+        load_settings({"base": "b"}, None)
+
+
+def test_variables_of_others_are_none_of_its_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels', a client's, and what Kubernetes makes of a service of that name."""
+    others = "KERNEL", "CPU_INTEGERS", "BATCH_INVARIANT", "ENDS_WITH_PARENT", "KEY", "SERVER"
+    services = "SERVICE_HOST", "SERVICE_PORT", "PORT_8000_TCP_ADDR"
+    for name in others + services:
+        monkeypatch.setenv(f"SPALLM_{name}", "tcp://10.0.0.1:8000")
+    assert load_settings({"base": "b"}, None).base == "b"
