@@ -7,6 +7,9 @@ QUICK ?=
 # Processes that test at a time; some of the tests take several GB.
 JOBS ?= 2
 
+# What is imported is compiled once, and not by every process anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup packages project test lint demo clean
 
 setup: $(VENV)/.installed
