@@ -56,9 +56,9 @@ OF_ONE_SERVER = (
 # A minute or more, longest first, so that both processes end at about the same time.
 LONGEST = (
     "tests/server/test_engine.py", "tests/e2e/test_smollm2.py", *OF_ONE_SERVER,
-    "tests/test_native_memory.py", "tests/test_benchmarks.py",
-    "tests/spallm_serve/trainer/test_run.py", "tests/spallm_serve/trainer/test_cli.py",
-    "tests/server/test_engine_benchmark.py", "tests/adapters_store/test_processes.py",
+    "tests/test_native_memory.py", "tests/spallm_serve/trainer/test_run.py",
+    "tests/spallm_serve/trainer/test_cli.py", "tests/adapters_store/test_processes.py",
+    "tests/test_benchmarks.py", "tests/server/test_engine_benchmark.py",
 )  # fmt: skip
 
 

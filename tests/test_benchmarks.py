@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import sys
 from collections.abc import Iterator
@@ -20,7 +21,7 @@ from spallm_serve.benchmarks.lloyd import lloyd_records
 from spallm_serve.benchmarks.model import write_random_llama
 from spallm_serve.benchmarks.quality import RememberedLogits, chosen_peers
 from spallm_serve.benchmarks.records import BenchmarkResults, Record, results, write_results
-from spallm_serve.benchmarks.resume import directory_digest
+from spallm_serve.benchmarks.resume import Killable, directory_digest, resume_records
 from spallm_serve.benchmarks.timing import allocated_bytes
 from spallm_serve.benchmarks.training import kept_bytes
 from spallm_serve.benchmarks.training_memory import train_on_random_tokens
@@ -315,7 +316,48 @@ def test_training_memory_trains_on_random_tokens(tmp_path: Path) -> None:
     train_on_random_tokens(str(tmp_path), "lora", {}, rows=1, length=16, stock=True)
 
 
-def test_a_killed_training_run_ends_with_the_same_adapter(tmp_path: Path) -> None:
+GOES_ON = """
+import sys, time
+from pathlib import Path
+def app():
+    out = Path(sys.argv[-1])
+    out.mkdir(exist_ok=True)
+    lines = out / "lines"
+    done = len(lines.read_text().splitlines()) if lines.exists() else 0
+    if done and "forgetful" in sys.argv:
+        lines.write_text("what another run began\\n" + lines.read_text())
+    for step in range(done, 100):
+        time.sleep(0.02)
+        with lines.open("a") as file:
+            file.write(f"{step}\\n")
+    (out / "last").touch()
+"""
+
+
+@pytest.mark.parametrize("forgetful", [False, True])
+def test_a_killed_command_is_held_against_an_undisturbed_one(
+    forgetful: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "goes_on.py").write_text(GOES_ON)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    command = Killable("it", "goes_on", ("forgetful",) if forgetful else (), "last")
+    (tmp_path / "scratch").mkdir()
+    (record,) = resume_records(command, tmp_path / "scratch", kills=3, seed=0)
+    assert (record.ours, record.case["kills"]) == (not forgetful, 3)
+
+
+def test_a_training_run_that_is_left_alone_makes_the_same_adapter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The commands that would be killed; tests of the trainer and of the compressor do it."""
+
+    def run(self: Killable, output: Path, kill_after: float | None) -> bool:
+        arguments = [*self.arguments, "-o", str(output)]
+        result = CliRunner().invoke(importlib.import_module(self.module).app, arguments)
+        assert result.exit_code == 0, result.output
+        return False
+
+    monkeypatch.setattr(Killable, "run", run)
     model = tiny_llama(tmp_path / "model")
     rows, found = rows_file(tmp_path / "rows.json"), tmp_path / "found.json"
     command = ["resume", "--train", str(rows), "--model", str(model), "--kills", "1"]
@@ -325,7 +367,7 @@ def test_a_killed_training_run_ends_with_the_same_adapter(tmp_path: Path) -> Non
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     (record,) = BenchmarkResults.model_validate_json(found.read_text()).records
-    assert (record.ours, record.case["command"]) == (1, "spallm-train")
+    assert (record.ours, record.case["command"], record.case["kills"]) == (1, "spallm-train", 0)
     adapters = [tmp_path / "scratch" / name for name in ("undisturbed", "killed")]
     assert directory_digest(adapters[0]) == directory_digest(adapters[1])
     assert (adapters[0] / "adapter_model.safetensors").is_file()
