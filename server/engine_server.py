@@ -36,10 +36,10 @@ _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 _ABOUT_COMPILING = ("--no-enforce-eager", "--compilation-config", "--optimization-level")
 _SHORT_ABOUT_COMPILING = ("-O", "-cc")  # with what they say right behind
 _MAY_NOT_COMPILE = "the model may not compile on this machine"
-_UNCOMPILED = "the model runs uncompiled, about 15 % slower"
+_UNCOMPILED = "the model runs uncompiled, about an eighth slower"
 _COMPILES = (
     "compiling the model: a minute or more at the first start, less at others; with "
-    "-- --enforce-eager the server starts at once and decodes about 15 % slower"
+    "-- --enforce-eager the server starts at once and decodes about an eighth slower"
 )
 
 

@@ -326,7 +326,7 @@ def app():
     done = len(lines.read_text().splitlines()) if lines.exists() else 0
     if done and "forgetful" in sys.argv:
         lines.write_text("what another run began\\n" + lines.read_text())
-    for step in range(done, 100):
+    for step in range(done, 150):
         time.sleep(0.02)
         with lines.open("a") as file:
             file.write(f"{step}\\n")

@@ -85,7 +85,7 @@ def test_integers_that_this_processor_has_not_are_refused(monkeypatch: pytest.Mo
     ("compiles", "flags", "eager", "says"),
     [
         (True, [], 0, "compiling the model"),
-        (False, [], 1, "runs uncompiled, about 15 % slower: no compiler"),
+        (False, [], 1, "runs uncompiled, about an eighth slower: no compiler"),
         (True, ["--enforce-eager"], 1, ""),
         (False, ["--enforce-eager"], 1, ""),
         (True, ["-O0"], 0, ""),
