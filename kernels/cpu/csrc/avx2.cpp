@@ -66,7 +66,7 @@ struct Float32 {
   using Table = FloatTable<Bits>;
   template <int Bits>
   using Weights = Floats;
-  static constexpr int kParts = 2, kPartColumns = 2 * kLanes, kStepsTogether = 1;
+  static constexpr int kUnitSteps = 1, kStepsTogether = 1, kParts = 2, kPartColumns = 2 * kLanes;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
   static constexpr bool kSlotsInSpans = false;
   static constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;

@@ -1,10 +1,6 @@
 // AVX2 with products of 8-bit integers, four of them summed in 32 bits: half as many instructions as
 // 16-bit ones take, and one look-up for 32 weights where those need two and two more to merge them.
-//
-// Activations go in pairs. A pair is two integers of 8 bits times a factor of its own, an integer of
-// 16 bits in units of the token's scale: a small pair keeps as many digits as a large one, whatever
-// outliers the token has. A pair's two products are summed in 16 bits, and two pairs', each times its
-// factor, in 32.
+// Activations go in pairs, see integers.h.
 
 #if defined(__x86_64__)
 #include <array>
@@ -23,18 +19,6 @@
 
 namespace spallm {
 namespace {
-
-// Entries are multiplied as numbers without a sign, so much larger: products have one factor like
-// that. What it adds to a sum is the token's surplus.
-constexpr int kShift = 128;
-// The sizes of a pair together; with the half by which each may be rounded up, and the largest shifted
-// entry, 255, their products fit 16 bits.
-constexpr float kLargestPair = 127.0f;
-// Factors fit 16 bits when they are rounded up.
-constexpr float kLargestFactor = 32766.0f;
-// What a sum takes of a unit of an activation: the largest shifted entry, and the part by which a
-// factor that is rounded up makes it larger.
-constexpr float kLargestShare = 255.0f * 128 / 127;
 
 // X of a step: 32 integers of 8 bits, then the factors of their 16 pairs.
 struct Bytes : Avx2Integers {
@@ -58,7 +42,7 @@ struct Bytes : Avx2Integers {
       std::memcpy(&four, entries, sizeof four);
       all = _mm256_set1_epi32(four);
     }
-    return _mm256_xor_si256(all, _mm256_set1_epi8(static_cast<char>(kShift)));
+    return _mm256_xor_si256(all, _mm256_set1_epi8(static_cast<char>(kByteShift)));
   }
 
   template <int Bits>
@@ -178,7 +162,7 @@ TokenFactors to_bytes(const Layout& layout, const char* x, Type type, float* ord
   _mm256_store_si256(reinterpret_cast<__m256i*>(lanes), total);
   int64_t sum = 0;
   for (const int32_t lane : lanes) sum += lane;
-  return {scale.value, static_cast<float>(kShift * sum)};
+  return {scale.value, static_cast<float>(kByteShift * sum)};
 }
 
 }  // namespace

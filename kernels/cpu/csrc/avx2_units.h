@@ -123,7 +123,8 @@ struct Avx2Integers {
   using Codes = const uint8_t*;
   template <int Bits>
   using Index = __m256i;
-  static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = kAvx2IntegerSteps;
+  static constexpr int kUnitSteps = 1, kStepsTogether = kAvx2IntegerSteps;
+  static constexpr int kParts = 1, kPartColumns = kStep;
   static constexpr int kFewTokens = 2, kFewRows = 2, kManyRows = 1;
 
   static INLINE Sum zero() { return _mm256_setzero_si256(); }

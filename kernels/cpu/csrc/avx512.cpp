@@ -36,12 +36,12 @@ struct Float32 : Avx512 {
   }
 
   static INLINE Floats values(const float* x) {
-    return {_mm512_loadu_ps(x), _mm512_loadu_ps(x + 16)};
+    return {kept(_mm512_loadu_ps(x)), kept(_mm512_loadu_ps(x + 16))};
   }
 
   static INLINE __m512 multiply_add(__m512 sum, const Floats& values, const Floats& weights) {
-    return _mm512_fmadd_ps(values.odd, weights.odd,
-                           _mm512_fmadd_ps(values.even, weights.even, sum));
+    return kept(_mm512_fmadd_ps(values.odd, weights.odd,
+                                _mm512_fmadd_ps(values.even, weights.even, sum)));
   }
 };
 
@@ -142,7 +142,7 @@ void avx512_dense_rows(const uint16_t* row, int64_t columns, const float* x, int
 }
 
 const Kernels kAvx512 = {
-    16, nullptr, avx512_dot_float32, &kAvx512Words, nullptr,
+    16, nullptr, avx512_dot_float32, &kAvx512Words, &kAvx512Bytes,
     avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
     avx512_dense_rows,
 };

@@ -22,6 +22,14 @@ void avx512_dense_rows(const uint16_t* row, int64_t columns, const float* x, int
 
 namespace {
 
+// The same in a register. Left to itself the compiler loads a token's activations anew for every row,
+// and adds up in an order of its own, for which it puts sums into memory.
+template <typename Register>
+INLINE Register kept(Register value) {
+  asm("" : "+v"(value));
+  return value;
+}
+
 // Bit 0 of every lane's code of a block's step, moved to bit 0 of the lane.
 template <int Bits, int Step>
 INLINE __m512i lane_index(const __m512i* chunk) {
@@ -43,7 +51,7 @@ struct Avx512 {
   using Codes = __m512i;
   template <int Bits>
   using Index = __m512i;
-  static constexpr int kParts = 1, kPartColumns = kStep, kStepsTogether = 1;
+  static constexpr int kUnitSteps = 1, kStepsTogether = 1, kParts = 1, kPartColumns = kStep;
   static constexpr int kFewTokens = 2, kFewRows = 4, kManyRows = 2;
   static constexpr bool kSlotsInSpans = false;
   static constexpr int64_t kCacheBytes = 48 << 10, kSpanBytes = 24 << 10;

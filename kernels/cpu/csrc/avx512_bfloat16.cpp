@@ -34,10 +34,12 @@ struct Bfloat16 : Avx512 {
     else return (__m512bh)_mm512_permutexvar_epi16(index, table);
   }
 
-  static INLINE __m512bh values(const uint16_t* x) { return (__m512bh)_mm512_loadu_si512(x); }
+  static INLINE __m512bh values(const uint16_t* x) {
+    return (__m512bh)kept(_mm512_loadu_si512(x));
+  }
 
   static INLINE __m512 multiply_add(__m512 sum, __m512bh values, __m512bh weights) {
-    return _mm512_dpbf16_ps(sum, values, weights);
+    return kept(_mm512_dpbf16_ps(sum, values, weights));
   }
 };
 
@@ -57,7 +59,7 @@ void decode_bfloat16(const Layout& layout, const uint8_t* codes, const float* ta
 }  // namespace
 
 const Kernels kAvx512Bfloat16 = {
-    16, dot<Bfloat16>, avx512_dot_float32, &kAvx512Words, nullptr,
+    16, dot<Bfloat16>, avx512_dot_float32, &kAvx512Words, &kAvx512Bytes,
     avx512_decode_float32, decode_bfloat16, avx512_bucket_sums,
     avx512_dense_rows,
 };

@@ -11,24 +11,13 @@
 
 #pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512vl,avx512dq,avx512vnni")
 
-#include "avx512.h"
+#include "avx512_integers.h"
 
 namespace spallm {
 namespace {
 
-// Quiet and signalling NaN, both infinities.
-constexpr int kNoNumber = 0x01 | 0x80 | 0x08 | 0x10;
-
-struct Words : Avx512 {
-  using X = int16_t;
+struct Words : Avx512Integers {
   using Values = __m512i;
-  using Sum = __m512i;
-  template <int Bits>
-  using Table = __m512i;
-  template <int Bits>
-  using Weights = __m512i;
-
-  static INLINE Sum zero() { return _mm512_setzero_si512(); }
 
   template <int Bits>
   static INLINE __m512i table(const char* entries, Type) {
@@ -46,34 +35,12 @@ struct Words : Avx512 {
     else return _mm512_permutexvar_epi16(index, table);
   }
 
-  static INLINE __m512i values(const int16_t* x) { return _mm512_loadu_si512(x); }
+  static INLINE __m512i values(const int16_t* x) { return kept(_mm512_loadu_si512(x)); }
 
   static INLINE Sum multiply_add(Sum sum, __m512i values, __m512i weights) {
-    return _mm512_dpwssd_epi32(sum, values, weights);
-  }
-
-  // A lane's sum fits 32 bits, that of all lanes need not.
-  static INLINE void lane_sums(Sum a, Sum b, Sum c, Sum d, float* out) {
-    Avx512::lane_sums(_mm512_cvtepi32_ps(a), _mm512_cvtepi32_ps(b), _mm512_cvtepi32_ps(c),
-                      _mm512_cvtepi32_ps(d), out);
+    return kept(_mm512_dpwssd_epi32(sum, values, weights));
   }
 };
-
-// 16 values, of which `count` are there; zeros for the others.
-INLINE __m512 load_values(const char* x, int64_t index, int64_t count, Type type) {
-  const __mmask16 mask =
-      count >= 16 ? 0xffff : count <= 0 ? 0 : static_cast<__mmask16>((1u << count) - 1);
-  if (type == kFloat32)
-    return _mm512_maskz_loadu_ps(mask, reinterpret_cast<const float*>(x) + index);
-  const __m256i words =
-      _mm256_maskz_loadu_epi16(mask, reinterpret_cast<const uint16_t*>(x) + index);
-  if (type == kFloat16) return _mm512_cvtph_ps(words);
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(words), 16));
-}
-
-INLINE __m512 with_neighbours(__m512 sums) {
-  return _mm512_add_ps(sums, _mm512_permute_ps(sums, 0xb1));
-}
 
 TokenFactors to_words(const Layout& layout, const char* x, Type type, float*, int16_t* out) {
   const int64_t width = layout.width(), padded_width = layout.steps() * kStep;
@@ -83,7 +50,7 @@ TokenFactors to_words(const Layout& layout, const char* x, Type type, float*, in
     for (int64_t j = 0; j < width; j += kStep) {
       const __m512 low = _mm512_abs_ps(load_values(x, g * width + j, width - j, type));
       const __m512 high = _mm512_abs_ps(load_values(x, g * width + j + 16, width - j - 16, type));
-      strange |= _mm512_fpclass_ps_mask(low, kNoNumber) | _mm512_fpclass_ps_mask(high, kNoNumber);
+      strange |= strange_ones(low) | strange_ones(high);
       largest = _mm512_max_ps(largest, _mm512_max_ps(low, high));
       first = _mm512_add_ps(first, low);
       second = _mm512_add_ps(second, high);

@@ -12,6 +12,24 @@ namespace spallm {
 constexpr float kLargestWord = 4096.0f, kLargestByte = 127.0f;
 // Of activations in 16 bits.
 constexpr float kLargestValue = 32767.0f;
+
+// With entries of 8 bits activations go in pairs. A pair is two integers of 8 bits times a factor of
+// its own, an integer of 16 bits in units of the token's scale: a small pair keeps as many digits as a
+// large one, whatever outliers the token has. A pair's two products are summed in 16 bits, and two
+// pairs', each times its factor, in 32.
+//
+// Entries are multiplied as numbers without a sign, so much larger: products have one factor like
+// that. What it adds to a sum is the token's surplus.
+constexpr int kByteShift = 128;
+// The sizes of a pair together; with the half by which each may be rounded up, and the largest shifted
+// entry, 255, their products fit 16 bits.
+constexpr float kLargestPair = 127.0f;
+// Factors fit 16 bits when they are rounded up.
+constexpr float kLargestFactor = 32766.0f;
+// What a sum takes of a unit of an activation: the largest shifted entry, and the part by which a
+// factor that is rounded up makes it larger.
+constexpr float kLargestShare = 255.0f * 128 / 127;
+
 // The sum's, less what float32 may have rounded away when the sizes of so many values were added.
 constexpr float kLargestSum = 0x1p31f * (1 - 0x1p-7f);
 

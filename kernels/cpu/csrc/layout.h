@@ -129,7 +129,7 @@ void scalar_bucket_sums(const Layout& layout, const uint8_t* codes, const float*
 
 #if defined(__x86_64__)
 constexpr int kAvx2IntegerSteps = 2;
-extern const IntegerKernels kAvx2Words, kAvx2Bytes, kAvx512Words;
+extern const IntegerKernels kAvx2Words, kAvx2Bytes, kAvx512Words, kAvx512Bytes;
 #endif
 
 extern const Kernels kScalar;

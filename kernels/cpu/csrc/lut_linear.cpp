@@ -184,6 +184,15 @@ Activations prepared_integers(const IntegerKernels& with, const Layout& layout, 
   return {out, stride};
 }
 
+// Calls use(r) for a block's rows.
+template <typename Use>
+inline void each_row(int count, Use&& use) {
+  if (count == kRowBlock)  // of a known number the compiler makes vectors
+    for (int r = 0; r < kRowBlock; ++r) use(r);
+  else
+    for (int r = 0; r < count; ++r) use(r);
+}
+
 // What sums of integers still lack.
 struct Factors {
   const float* of_tables;  // [slots, rows]
@@ -193,9 +202,12 @@ struct Factors {
   void apply(const Batch& batch, int64_t row, int count, float* products) const {
     for (int t = 0; t < batch.count; ++t, products += kRowBlock) {
       const float* own = of_tables + batch.slot[t] * rows + row;
+      // Those of many slots are too many streams for the processor's own guess.
+      __builtin_prefetch(own + kRowBlock);
       const TokenFactors token = of_tokens[batch.token[t]];
-      for (int r = 0; r < count; ++r)
+      each_row(count, [&](int r) {
         products[r] = (products[r] - token.surplus) * (own[r] * token.scale);
+      });
     }
   }
 };
@@ -213,9 +225,13 @@ struct Output {
     for (int r = 0; bias != nullptr && r < count; ++r) added[r] = load(bias, row + r, bias_type);
     for (int t = 0; t < batch.count; ++t, products += kRowBlock) {
       const int64_t first = batch.token[t] * rows + row;
-      if (type == kBfloat16) {  // a loop of its own: the compiler makes vectors of it
+      // Loops of their own: the compiler makes vectors of them.
+      if (type == kBfloat16) {
         uint16_t* at = reinterpret_cast<uint16_t*>(y) + first;
-        for (int r = 0; r < count; ++r) at[r] = to_bfloat16(products[r] + added[r]);
+        each_row(count, [&](int r) { at[r] = to_bfloat16(products[r] + added[r]); });
+      } else if (type == kFloat32) {
+        float* at = reinterpret_cast<float*>(y) + first;
+        each_row(count, [&](int r) { at[r] = products[r] + added[r]; });
       } else {
         for (int r = 0; r < count; ++r) store(y, first + r, type, products[r] + added[r]);
       }

@@ -7,7 +7,8 @@
 //     using Sum;                     // a register of float32, or of integers of 32 bits
 //     using Codes;                   // of one chunk: a register, or where it lies
 //     template <int Bits> using Index, Table, Weights;
-//     kParts, kPartColumns           // a step is multiplied in so many parts
+//     kUnitSteps                     // are multiplied together,
+//     kParts, kPartColumns           // in so many parts
 //     kStepsTogether                 // where their columns are mixed, in all but whole blocks
 //     kFewTokens, kFewRows           // up to so many tokens take so many rows at a time
 //     kManyRows                      // more tokens than that
@@ -84,17 +85,17 @@ struct Tile {
   }
 
   template <int Step, bool Whole, int... Parts>
-  INLINE void multiply_step(const typename Math::Codes (*chunk)[kBlockChunks<Bits>],
+  INLINE void multiply_unit(const typename Math::Codes (*chunk)[kBlockChunks<Bits>],
                             const typename Math::X* const* x, int64_t column,
                             std::integer_sequence<int, Parts...>) {
     (multiply<Step, Parts, Whole>(chunk, x, column), ...);
   }
 
   // Only the first `live` steps of the block are there, all of them in a whole one.
-  template <bool Whole, int... Steps>
+  template <bool Whole, int... Units>
   INLINE void multiply_block(const uint8_t* codes, int64_t row_bytes,
                              const typename Math::X* const* x, int64_t column, int live,
-                             std::integer_sequence<int, Steps...>) {
+                             std::integer_sequence<int, Units...>) {
     constexpr auto kEachPart = std::make_integer_sequence<int, Math::kParts>{};
     typename Math::Codes chunk[Rows][kBlockChunks<Bits>];
     const int chunks = live_chunks<Bits>(live);
@@ -104,9 +105,10 @@ struct Tile {
       for (int c = 0; c < kBlockChunks<Bits>; ++c)
         // A chunk that is not there is not used either, but is not read.
         chunk[r][c] = Math::codes(codes + r * row_bytes + (c < chunks ? c : 0) * kChunk);
-    constexpr int kTogether = Math::kStepsTogether;
-    ((Steps / kTogether * kTogether < live ? multiply_step<Steps, Whole>(chunk, x, column, kEachPart)
-                                           : void()),
+    constexpr int kSteps = Math::kUnitSteps, kTogether = Math::kStepsTogether;
+    ((Units * kSteps / kTogether * kTogether < live
+          ? multiply_unit<Units * kSteps, Whole>(chunk, x, column, kEachPart)
+          : void()),
      ...);
   }
 
@@ -138,7 +140,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
   constexpr int64_t kBlockBytes = kBlockChunks<Bits> * kChunk;
   constexpr int64_t kFit =
       Math::kSpanBytes / (Tokens * sizeof(typename Math::X) * kSteps * kStep), kSpan = kFit > 1 ? kFit : 1;
-  constexpr auto kEach = std::make_integer_sequence<int, kSteps>{};
+  constexpr auto kEach = std::make_integer_sequence<int, kSteps / Math::kUnitSteps>{};
   using Sums = Tile<Math, Bits, Rows, Tokens, OneSlot>;
   const int64_t padded_steps = layout.steps_filled_up_to(Math::kStepsTogether);
   const int64_t steps = layout.steps(), row_bytes = layout.row_bytes(), groups = layout.groups;
