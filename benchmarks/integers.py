@@ -1,4 +1,4 @@
-"""What products of integers cost in quality: the loss on a text, in vLLM, beside float32's."""
+"""What products of integers, and of bfloat16, cost in quality: the loss on a text, in vLLM."""
 
 from __future__ import annotations
 
@@ -15,14 +15,20 @@ from spallm_serve.benchmarks.apart import measured_apart
 from spallm_serve.benchmarks.records import Record
 from spallm_serve.errors import UserError
 from spallm_serve.kernels.cpu.integers import INTEGERS_VARIABLE, LARGEST_ENTRY, why_no_integers
+from spallm_serve.precision import bfloat16_is_native
 
 _WINDOW = 512
+# What the environment has for tables that are no integers.
+_NONE = 0
 # Read at a time: fewer than the BLAS would multiply.
 _CHUNK = 64
 
 
 def integer_records(base: Path, text: Path, windows: int) -> Iterator[Record]:
     """The mean loss with each kind of integers, and by how much tokens' losses differ.
+
+    Activations are float32, and bfloat16, too, where the processor multiplies that; then also with
+    tables that are no integers.
 
     Args:
         base: what ``spallm-compress`` made.
@@ -35,17 +41,21 @@ def integer_records(base: Path, text: Path, windows: int) -> Iterator[Record]:
     reasons = {dtype: why_no_integers(dtype) for dtype in LARGEST_ENTRY}
     if all(reasons.values()):
         raise UserError("; ".join(filter(None, reasons.values())))
-    told = {"model": str(base), "text": str(text), "windows": windows}
+    integers = [torch.iinfo(dtype).bits for dtype, reason in reasons.items() if reason is None]
+    kinds = [("float32", bits) for bits in integers]
+    if bfloat16_is_native(torch.device("cpu")):
+        kinds += [("bfloat16", bits) for bits in (_NONE, *integers)]
 
-    def losses(bits: int) -> Tensor:
+    def losses(dtype: str, bits: int) -> Tensor:
+        told = {"model": str(base), "text": str(text), "windows": windows, "dtype": dtype}
         found = measured_apart(__name__, told, {INTEGERS_VARIABLE: str(bits)})["losses"]
         return torch.tensor(found, dtype=torch.float64)
 
-    float32 = losses(0)
-    for dtype, reason in reasons.items():
-        if reason is None:
-            bits = torch.iinfo(dtype).bits
-            yield from _compared({"base": base.name, "bits": bits}, losses(bits), float32)
+    float32 = losses("float32", _NONE)
+    for dtype, bits in kinds:
+        case: dict[str, str | int | float | bool | None] = {"base": base.name, "activations": dtype}
+        case["tables"] = f"int{bits}" if bits else "floats"
+        yield from _compared(case, losses(dtype, bits), float32)
 
 
 def _compared(
@@ -80,13 +90,14 @@ def _compared(
     )
 
 
-def prompt_losses(model: str, text: str, windows: int) -> list[float]:
+def prompt_losses(model: str, text: str, windows: int, dtype: str) -> list[float]:
     """The loss of every token but the first of each window.
 
     Args:
         model: directory.
         text: file.
         windows: of the text.
+        dtype: vLLM's.
 
     Raises:
         UserError: the text is too short.
@@ -98,7 +109,7 @@ def prompt_losses(model: str, text: str, windows: int) -> list[float]:
     if len(ids) < windows * _WINDOW:
         raise UserError(f"{text}: {len(ids)} tokens, {windows} windows of {_WINDOW} were asked for")
     engine = LLM(
-        model, dtype="float32", enforce_eager=True, max_model_len=_WINDOW + 1, max_num_seqs=1,
+        model, dtype=dtype, enforce_eager=True, max_model_len=_WINDOW + 1, max_num_seqs=1,
         max_num_batched_tokens=_CHUNK, enable_prefix_caching=False,
     )  # fmt: skip
     sampling = SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=0)

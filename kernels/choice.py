@@ -133,8 +133,7 @@ def integers_held(device: str, dtype: torch.dtype) -> torch.dtype | None:
         if reason is not None:
             raise ValueError(f"{INTEGERS_VARIABLE}={torch.iinfo(wanted).bits}: {reason}; unset it")
         return wanted
-    # A dtype that tables are rounded to is one that is multiplied as fast.
-    return None if level is None or backend.rounds_tables(dtype) else fastest_integers(level)
+    return None if level is None else fastest_integers(level)
 
 
 def keeps_bfloat16(device: str, dtype: torch.dtype, stored: torch.dtype) -> bool:

@@ -21,7 +21,7 @@ from spallm_serve.kernels.arguments import (
     slot_error,
 )
 from spallm_serve.kernels.backend import Request
-from spallm_serve.kernels.cpu.integers import INTEGER_TYPES
+from spallm_serve.kernels.cpu.integers import INTEGER_TYPES, from_integers
 from spallm_serve.kernels.cpu.layout import (
     from_cpu_layout,
     read_header,
@@ -127,31 +127,15 @@ class CpuBackend:
             ValueError: a slot without tables; an unsupported dtype.
         """
         check_types(x, tables, bias, _TYPES)
-        y = x.new_empty(x.shape[0], self.rows(codes))
-        if x.shape[0] < BLAS_TOKENS or os.environ.get(INVARIANT_VARIABLE) == "1":
-            self._multiply(x, codes, tables, None, slots, bias, y)
-            return y
-        check_slots_in_range(slots, tables.shape[0])
-        rest: list[Tensor] = []
-        for slot, tokens in slot_runs(slots, x.shape[0]):
-            if isinstance(tokens, Tensor) and len(tokens) < BLAS_TOKENS:
-                rest.append(tokens)
-            else:
-                self._multiply_by_tiles(x, codes, tables[slot], bias, y, tokens)
-        if rest:
-            assert slots is not None
-            few = torch.cat(rest)
-            given = x.new_empty(len(few), y.shape[1])
-            self._multiply(x[few], codes, tables, None, slots[few], bias, given)
-            y[few] = given
-        return y
+        return self._linear(x, codes, tables, None, slots, bias, blas=True)
 
     def integer_linear(
         self, x: Tensor, codes: Tensor, values: Tensor, scales: Tensor, slots: Tensor | None
     ) -> Tensor:
         """As :meth:`lut_linear` with tables as integers, and without a bias.
 
-        The BLAS has no part in it, whatever the number of tokens.
+        The BLAS has a part in it only where it multiplies the dtype of ``x`` by instructions of its
+        own: bfloat16.
 
         Args:
             x, codes, slots: as there.
@@ -167,16 +151,8 @@ class CpuBackend:
                 f"tables: expected int8 or int16 and scales of float32, got {values.dtype} and "
                 f"{scales.dtype}"
             )
-        y = x.new_empty(x.shape[0], self.rows(codes))
-        if x.shape[0] <= _INTEGER_TOKENS:
-            self._multiply(x, codes, values, scales, slots, None, y)
-            return y
-        check_slots_in_range(slots, values.shape[0])  # before any is done
-        for start in range(0, x.shape[0], _INTEGER_TOKENS):
-            some = slice(start, start + _INTEGER_TOKENS)
-            theirs = None if slots is None else slots[some]
-            self._multiply(x[some], codes, values, scales, theirs, None, y[some])
-        return y
+        blas = self.rounds_tables(x.dtype)
+        return self._linear(x, codes, values, scales, slots, None, blas=blas)
 
     def input_gradient(
         self, dy: Tensor, codes: Tensor, tables: Tensor, slots: Tensor | None, columns: int
@@ -220,7 +196,61 @@ class CpuBackend:
                 )
         return dtables
 
+    def _linear(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        tables: Tensor,
+        scales: Tensor | None,
+        slots: Tensor | None,
+        bias: Tensor | None,
+        *,
+        blas: bool,
+    ) -> Tensor:
+        """Of many tokens of a slot by the BLAS, if it may; of others from the codes."""
+        y = x.new_empty(x.shape[0], self.rows(codes))
+        few = x.shape[0] < BLAS_TOKENS or os.environ.get(INVARIANT_VARIABLE) == "1"
+        if few or not blas:
+            self._multiply(x, codes, tables, scales, slots, bias, y)
+            return y
+        check_slots_in_range(slots, tables.shape[0])
+        rest: list[Tensor] = []
+        for slot, tokens in slot_runs(slots, x.shape[0]):
+            if isinstance(tokens, Tensor) and len(tokens) < BLAS_TOKENS:
+                rest.append(tokens)
+                continue
+            own = tables[slot] if scales is None else from_integers(tables[slot], scales[slot])
+            self._multiply_by_tiles(x, codes, own, bias, y, tokens)
+        if rest:
+            assert slots is not None
+            of_rest = torch.cat(rest)
+            given = x.new_empty(len(of_rest), y.shape[1])
+            self._multiply(x[of_rest], codes, tables, scales, slots[of_rest], bias, given)
+            y[of_rest] = given
+        return y
+
     def _multiply(
+        self,
+        x: Tensor,
+        codes: Tensor,
+        tables: Tensor,
+        scales: Tensor | None,
+        slots: Tensor | None,
+        bias: Tensor | None,
+        y: Tensor,
+    ) -> None:
+        """From the codes, into ``y``; in parts where activations become integers."""
+        tokens = x.shape[0]
+        if scales is None or tokens <= _INTEGER_TOKENS:
+            self._multiply_part(x, codes, tables, scales, slots, bias, y)
+            return
+        check_slots_in_range(slots, tables.shape[0])  # before any is done
+        for start in range(0, tokens, _INTEGER_TOKENS):
+            some = slice(start, start + _INTEGER_TOKENS)
+            theirs = None if slots is None else slots[some]
+            self._multiply_part(x[some], codes, tables, scales, theirs, bias, y[some])
+
+    def _multiply_part(
         self,
         x: Tensor,
         codes: Tensor,

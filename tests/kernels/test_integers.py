@@ -16,7 +16,7 @@ from spallm_serve.kernels import prepare_codes
 from spallm_serve.kernels.backend import Request
 from spallm_serve.kernels.choice import FORCE_VARIABLE, integers_held
 from spallm_serve.kernels.cpu import integers
-from spallm_serve.kernels.cpu.backend import BLAS_TOKENS, CpuBackend
+from spallm_serve.kernels.cpu.backend import BLAS_TOKENS, INVARIANT_VARIABLE, CpuBackend
 from spallm_serve.kernels.cpu.integers import (
     INTEGERS_VARIABLE,
     LARGEST_ENTRY,
@@ -369,6 +369,35 @@ def test_a_token_of_a_long_prompt_has_the_product_that_it_has_alone() -> None:
 
 
 @best
+@pytest.mark.parametrize("dtype", [dtype for level, dtype in _ABLE if level == _ABLE[-1][0]])
+def test_bfloat16_of_many_tokens_of_a_slot_goes_to_the_blas(
+    dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where there are instructions for it; others in the same call do not, nor any that are to have
+    the same product whatever others there are."""
+    codes, tables = layer(40, 256, 4, 2, 4, 0)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3 * BLAS_TOKENS, 256, generator=generator).bfloat16()
+    slots = torch.ones(len(x), dtype=torch.int32)
+    slots[::5] = 2
+    slots[1::80] = 3
+    y = multiply(x, codes, tables, slots, dtype=dtype)
+    weights = dense(codes, from_integers(*to_integers(tables, dtype)))[slots.long()]
+    expected = torch.einsum("tc,trc->tr", x.double(), weights)
+    size = torch.einsum("tc,trc->tr", x.double().abs(), weights.abs())
+    assert ((y.double() - expected).abs() <= 2.0**-7 * size).all()
+    monkeypatch.setenv(INVARIANT_VARIABLE, "1")
+    alone = multiply(x, codes, tables, slots, dtype=dtype)
+    few = slots != 1
+    assert torch.equal(y[few], alone[few])
+    if CpuBackend().rounds_tables(torch.bfloat16):
+        exact = (y.double() - expected).abs() <= 2.0**-8 * expected.abs() + 2.0**-9 * size
+        assert exact[~few].all() and not torch.equal(y, alone)
+    else:
+        assert torch.equal(y, alone)
+
+
+@best
 def test_what_does_not_belong_together_is_refused() -> None:
     codes, tables = layer(4, 64, 4, 1, 2, 0)
     x = torch.zeros(3, 64)
@@ -418,7 +447,7 @@ def test_held_tables_are_integers_where_it_is_asked_for(
 
 
 @native
-@pytest.mark.parametrize("rounds", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(
     ("able", "fastest"),
     [
@@ -430,18 +459,17 @@ def test_held_tables_are_integers_where_it_is_asked_for(
 def test_integers_are_held_where_they_are_multiplied_faster(
     able: tuple[torch.dtype, ...],
     fastest: torch.dtype | None,
-    rounds: bool,
+    dtype: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """And the dtype of the activations has no instructions of its own."""
+    """Whatever the dtype of the activations."""
     monkeypatch.delenv(INTEGERS_VARIABLE, raising=False)
     monkeypatch.setattr(
         integers, "why_no_integers", lambda dtype, level: None if dtype in able else "none"
     )
-    monkeypatch.setattr(CpuBackend, "rounds_tables", lambda self, dtype: rounds)
-    assert integers_held("cpu", torch.bfloat16) == (None if rounds else fastest)
+    assert integers_held("cpu", dtype) == fastest
     monkeypatch.setenv(INTEGERS_VARIABLE, "0")
-    assert integers_held("cpu", torch.bfloat16) is None
+    assert integers_held("cpu", dtype) is None
 
 
 @native

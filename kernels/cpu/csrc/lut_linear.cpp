@@ -184,12 +184,14 @@ Activations prepared_integers(const IntegerKernels& with, const Layout& layout, 
   return {out, stride};
 }
 
-// Calls use(r) for a block's rows.
+// Calls use(r) for a block's rows, none of which reads what another writes.
 template <typename Use>
 inline void each_row(int count, Use&& use) {
   if (count == kRowBlock)  // of a known number the compiler makes vectors
+#pragma GCC ivdep
     for (int r = 0; r < kRowBlock; ++r) use(r);
   else
+#pragma GCC ivdep
     for (int r = 0; r < count; ++r) use(r);
 }
 

@@ -147,6 +147,15 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
   const int64_t group_bytes = layout.chunks() * kChunk;
   const int64_t table_bytes = layout.entries() * size_of(type);
   const int64_t group_blocks = (steps + kSteps - 1) / kSteps, blocks = groups * group_blocks;
+  // What the next rows need: the processor's own guess ends at every page. A few lines at a time: it
+  // waits where too many are asked for at once.
+  const auto fetch_ahead = [=](const uint8_t* chunk) ALWAYS_INLINE {
+#pragma GCC unroll 4
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 3
+      for (int c = 0; c < kBlockChunks<Bits>; ++c)
+        __builtin_prefetch(chunk + (rows + r) * row_bytes + c * kChunk);
+  };
   typename Math::Sum kept[kRowBlock / Rows][Rows][Tokens];
   for (int64_t first = 0, last = 0; last < blocks; first = last) {
     last = !InSpans || first + kSpan > blocks ? blocks : first + kSpan;
@@ -170,22 +179,21 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
         const int64_t stop = InSpans && span_end < steps ? span_end : steps;
         const uint8_t* chunk =
             codes + row * row_bytes + g * group_bytes + step / kSteps * kBlockBytes;
-        // What the next rows need: the processor's own guess ends at every page.
-        const char* ahead = reinterpret_cast<const char*>(chunk + rows * row_bytes);
-        const int64_t ahead_bytes = (stop - step + kSteps - 1) / kSteps * kBlockBytes;
-        for (int r = 0; r < Rows; ++r, ahead += row_bytes)
-          for (int64_t at = 0; at < ahead_bytes; at += kChunk) __builtin_prefetch(ahead + at);
         if (!OneSlot)  // of one slot they are read once for all tokens, of several as often as codes
           for (int t = 0; t < Sums::kTables; ++t)
             for (int r = 0; r < Rows; ++r)
               __builtin_prefetch(tables[t] + ((row + rows + r) * groups + g) * table_bytes);
-        for (; step + kSteps <= stop; step += kSteps, chunk += kBlockBytes)
+        for (; step + kSteps <= stop; step += kSteps, chunk += kBlockBytes) {
+          fetch_ahead(chunk);
           tile.template multiply_block<true>(chunk, row_bytes, x, (g * padded_steps + step) * kStep,
                                              kSteps, kEach);
-        if (step < stop)
+        }
+        if (step < stop) {
+          fetch_ahead(chunk);
           tile.template multiply_block<false>(chunk, row_bytes, x,
                                               (g * padded_steps + step) * kStep,
                                               static_cast<int>(stop - step), kEach);
+        }
       }
       if (!InSpans || last == blocks) {
         tile.put(products + row);
