@@ -114,7 +114,7 @@ def integers(
     windows: Annotated[int, typer.Option(help="Windows of 512 tokens to judge on.")] = 8,
     json: Json = None,
 ) -> None:
-    """The loss in vLLM with tables held as integers, beside that in float32."""
+    """The loss in vLLM with tables held as integers, and with bfloat16, beside float32's."""
     with measuring(None):
         from spallm_serve.benchmarks.integers import integer_records
 

@@ -29,7 +29,7 @@ _BFLOAT16_HINT = (
 )
 _BYTES_HINT = (
     "tables are held as 8-bit integers, which this processor multiplies fastest: "
-    f"{INTEGERS_VARIABLE}=16 rounds less, and serves many tenants at a time more slowly"
+    f"{INTEGERS_VARIABLE}=16 rounds less, and is slower, most of all with many tenants at a time"
 )
 _TORCH_CACHE = "TORCHINDUCTOR_CACHE_DIR"
 # Who uses one of these knows.

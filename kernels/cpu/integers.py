@@ -29,6 +29,9 @@ _PART = 1 << 16
 def to_integers(tables: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     """The nearest entries that are whole multiples of a row's scale.
 
+    In 16 bits it is the finest that the row's largest entry allows; in 8 that of several, some of
+    them up to a fifth coarser, with which the least is rounded away.
+
     Args:
         tables: floating point ``[..., out, groups, 2**bits]``, on the CPU.
         dtype: of the integers, int8 or int16.

@@ -1,5 +1,5 @@
 // AVX-512 with products of 16-bit integers, summed in 32 bits: half as many instructions as float32
-// takes, for processors without bfloat16. Tables come as integers, each row with its scale;
+// takes, and more digits than integers of 8 bits have. Tables come as integers, each row with its scale;
 // activations are made integers here, each token with its scale, such that no sum can overflow.
 
 #if defined(__x86_64__)

@@ -3,7 +3,7 @@
 //
 //   struct Math {
 //     using X;                       // of activations, as they lie in memory
-//     using Values;                  // those of one part of a step
+//     using Values;                  // those of one part of a unit
 //     using Sum;                     // a register of float32, or of integers of 32 bits
 //     using Codes;                   // of one chunk: a register, or where it lies
 //     template <int Bits> using Index, Table, Weights;
@@ -156,7 +156,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
       for (int c = 0; c < kBlockChunks<Bits>; ++c)
         __builtin_prefetch(chunk + (rows + r) * row_bytes + c * kChunk);
   };
-  typename Math::Sum kept[kRowBlock / Rows][Rows][Tokens];
+  typename Math::Sum carried[kRowBlock / Rows][Rows][Tokens];
   for (int64_t first = 0, last = 0; last < blocks; first = last) {
     last = !InSpans || first + kSpan > blocks ? blocks : first + kSpan;
     for (int row = 0; row + Rows <= rows; row += Rows) {
@@ -165,7 +165,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t)
-          tile.sums[r][t] = InSpans && first > 0 ? kept[row / Rows][r][t] : Math::zero();
+          tile.sums[r][t] = InSpans && first > 0 ? carried[row / Rows][r][t] : Math::zero();
       for (int64_t g = InSpans ? first / group_blocks : 0; g * group_blocks < last; ++g) {
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r)
@@ -202,7 +202,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
 #pragma GCC unroll 4
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int t = 0; t < Tokens; ++t) kept[row / Rows][r][t] = tile.sums[r][t];
+        for (int t = 0; t < Tokens; ++t) carried[row / Rows][r][t] = tile.sums[r][t];
     }
   }
 }
