@@ -1,8 +1,8 @@
 """The native CPU backend: few tokens multiply straight from the codes, many go to the BLAS.
 
-A run of many tokens of one slot is limited by arithmetic, where nothing beats the BLAS, unless it is
-products of integers beside float32: the weight is decoded tile by tile, each tile multiplied while it
-is in the cache. Everything else reads the codes once for all tokens, whatever their slots.
+A run of many tokens of one slot is limited by arithmetic, where nothing beats the BLAS, unless it
+is products of integers beside float32: the weight is decoded tile by tile, each tile multiplied
+while it is in the cache. Everything else reads the codes once for all tokens, whatever their slots.
 """
 
 from __future__ import annotations
