@@ -145,7 +145,7 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
   const int64_t padded_steps = layout.steps_filled_up_to(Math::kStepsTogether);
   const int64_t steps = layout.steps(), row_bytes = layout.row_bytes(), groups = layout.groups;
   const int64_t group_bytes = layout.chunks() * kChunk;
-  const int64_t table_bytes = layout.entries() * size_of(type);
+  const int64_t table_bytes = layout.entries() * size_of(type), row_tables = groups * table_bytes;
   const int64_t group_blocks = (steps + kSteps - 1) / kSteps, blocks = groups * group_blocks;
   // What the next rows need: the processor's own guess ends at every page. A few lines at a time: it
   // waits where too many are asked for at once.
@@ -166,6 +166,10 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
 #pragma GCC unroll 8
         for (int t = 0; t < Tokens; ++t)
           tile.sums[r][t] = InSpans && first > 0 ? carried[row / Rows][r][t] : Math::zero();
+      if (!OneSlot && first == 0)  // of one slot they are read once for all tokens, of several as codes are
+        for (int64_t at = (row + rows) * row_tables, end = at + Rows * row_tables; at < end; at += kChunk)
+          if (at % kChunk < Rows * row_tables)
+            for (int t = 0; t < Sums::kTables; ++t) __builtin_prefetch(tables[t] + at);
       for (int64_t g = InSpans ? first / group_blocks : 0; g * group_blocks < last; ++g) {
 #pragma GCC unroll 4
         for (int r = 0; r < Rows; ++r)
@@ -179,10 +183,6 @@ void dot_tiles(const Layout& layout, const uint8_t* codes, int rows, const char*
         const int64_t stop = InSpans && span_end < steps ? span_end : steps;
         const uint8_t* chunk =
             codes + row * row_bytes + g * group_bytes + step / kSteps * kBlockBytes;
-        if (!OneSlot)  // of one slot they are read once for all tokens, of several as often as codes
-          for (int t = 0; t < Sums::kTables; ++t)
-            for (int r = 0; r < Rows; ++r)
-              __builtin_prefetch(tables[t] + ((row + rows + r) * groups + g) * table_bytes);
         for (; step + kSteps <= stop; step += kSteps, chunk += kBlockBytes) {
           fetch_ahead(chunk);
           tile.template multiply_block<true>(chunk, row_bytes, x, (g * padded_steps + step) * kStep,
