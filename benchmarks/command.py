@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -57,7 +59,7 @@ def _value(text: str) -> Any:
 @contextmanager
 def measuring(scratch: Path | None) -> Iterator[Path]:
     """The environment all measurements share, and a folder that goes away unless it was named."""
-    with user_errors(), tempfile.TemporaryDirectory() as temporary:
+    with user_errors(), _cleaned_up_when_terminated(), tempfile.TemporaryDirectory() as temporary:
         quiet_libraries()
         import torch
 
@@ -65,6 +67,16 @@ def measuring(scratch: Path | None) -> Iterator[Path]:
         folder = scratch if scratch is not None else Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
+
+
+@contextmanager
+def _cleaned_up_when_terminated() -> Iterator[None]:
+    """SIGTERM ends what a measurement has started, servers among it, as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def model_directory(model: str | None, folder: Path) -> Path:

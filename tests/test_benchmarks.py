@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import importlib
 import json
+import signal
+import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -78,6 +80,30 @@ def test_there_is_no_table_of_other_results(tmp_path: Path) -> None:
     printed = CliRunner().invoke(app, ["table", str(tmp_path / "found.json")])
     assert printed.exit_code == 2
     assert "results of engine" in printed.output
+
+
+_MEASURES = """
+import sys, time
+from spallm_serve.benchmarks.command import measuring
+with measuring(None) as folder:
+    try:
+        print(folder, flush=True)
+        time.sleep(60)
+    finally:
+        print("ended its server", flush=True)
+"""
+
+
+def test_a_benchmark_that_is_terminated_leaves_nothing() -> None:
+    command = [sys.executable, "-c", _MEASURES]
+    measures = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    assert measures.stdout is not None
+    folder = Path(measures.stdout.readline().strip())
+    assert folder.is_dir()
+    measures.send_signal(signal.SIGTERM)
+    said, _ = measures.communicate(timeout=60)
+    assert (said, measures.returncode) == ("ended its server\n", 128 + signal.SIGTERM)
+    assert not folder.exists()
 
 
 def test_random_llama_is_a_whole_model(tmp_path: Path) -> None:
